@@ -1,0 +1,183 @@
+"""Feed: a bounded log of changes that any number of subscribers read by position.
+
+One feed has one server cursor. It appends each change once and never waits for a subscriber: a
+subscriber is a number, the place in the log that it reads next. Whoever is too far behind for the
+log is served by a catch-up, a second cursor that reads from an older token until it meets the log.
+MongoDB's oplog is the history; the log here is only its cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from .catch_up import CatchUps, Slots
+from .errors import (
+    BridgeClosed,
+    DataBridgeError,
+    InvalidResumeToken,
+    ResumeHistoryLost,
+    ServerUnreachable,
+    translated,
+)
+from .log import Limits, Log, reset_entry
+from .source import Batch, Entry, Scope, Source
+from .token import ResumeToken
+
+if TYPE_CHECKING:
+    from .driver import Driver
+    from .router import Router
+
+__all__ = ["Feed"]
+
+_logger = logging.getLogger("data_bridge")
+
+
+class Feed:
+    """The changes of one scope, from one server cursor, for everybody who watches it."""
+
+    def __init__(
+        self,
+        driver: Driver,
+        scope: Scope,
+        limits: Limits,
+        slots: Slots,
+        closed: Callable[[Feed], None],
+    ) -> None:
+        self.scope = scope
+        self.log: Log | None = None
+        self.subscribers = 0
+        self.resets = 0
+        self.router: Router | None = None  # for live queries, told of everything appended
+        self._driver = driver
+        self._limits = limits
+        self._closed = closed
+        self._loop = asyncio.get_running_loop()
+        self._source = Source(driver, scope, timeout=limits.timeout)
+        self._catch_ups = CatchUps(driver, scope, limits, slots, self._floor)
+        self._lost: ResumeHistoryLost | None = None
+        self._ready: asyncio.Future[None] = self._loop.create_future()
+        self._linger: asyncio.TimerHandle | None = None
+        self._task = asyncio.create_task(self._run(), name=f"data-bridge feed {scope}")
+
+    # -- subscribers --
+
+    def join(self) -> None:
+        """One subscriber more; the feed stays open while there is any."""
+        self.subscribers += 1
+        if self._linger is not None:
+            self._linger.cancel()
+            self._linger = None
+
+    def leave(self) -> None:
+        """One subscriber less; may be called from any thread, as finalisers are."""
+        with suppress(RuntimeError):  # the loop is gone, and the feed with it
+            self._loop.call_soon_threadsafe(self._left)
+
+    def _left(self) -> None:
+        self.subscribers -= 1
+        if not self.subscribers and self._linger is None:
+            self._linger = self._loop.call_later(self._limits.linger, self._task.cancel)
+
+    async def attach(self, position: ResumeToken | None) -> tuple[Log, int]:
+        """The log and the sequence number where reading on from a position begins.
+
+        Raises:
+            ResumeHistoryLost: the server no longer has what followed the position.
+            InvalidResumeToken: the server does not know it, or it lies in the future.
+            ServerUnreachable: the feed could not be opened in time.
+        """
+        log = await self._opened()
+        if position is None:
+            return log, log.end
+        if position > log.head:
+            await self._refuse_the_future(position)
+        seq = log.seek(position.hex)
+        return (log, seq) if seq is not None else await self._catch_ups.attach(position)
+
+    async def _opened(self) -> Log:
+        if self.log is None:
+            try:
+                async with asyncio.timeout(self._limits.timeout):
+                    await asyncio.shield(self._ready)
+            except TimeoutError as error:
+                raise ServerUnreachable(
+                    f"cannot watch {self._driver.name}.{self.scope}: no MongoDB server answered "
+                    f"within {self._limits.timeout:g} s. Check that the replica set has a primary."
+                ) from error
+        assert self.log is not None
+        if self.log.ended is not None:
+            raise self.log.ended
+        return self.log
+
+    async def _refuse_the_future(self, position: ResumeToken) -> None:
+        # Another worker may be ahead of this one by a moment; nothing is ahead of the cluster.
+        try:
+            reply = await self._driver.command({"ping": 1}, timeout=self._limits.timeout)
+        except Exception as error:
+            raise translated(error, f"watch {self._driver.name}.{self.scope}") from error
+        now = reply.get("$clusterTime", {}).get("clusterTime")
+        if now is not None and position.cluster_time > now:
+            raise InvalidResumeToken(
+                "this resume position lies in the future of the cluster; it is from another "
+                "deployment, or made up. Connect without it to start from now."
+            )
+
+    # -- the server --
+
+    async def _run(self) -> None:
+        error: DataBridgeError = BridgeClosed("the bridge was closed")
+        try:
+            while True:
+                try:
+                    await self._source.read(self._append)
+                except ResumeHistoryLost as lost:
+                    self._lost = lost
+        except DataBridgeError as fatal:
+            error = fatal
+            _logger.error("feed of %s.%s ended: %s", self._driver.name, self.scope, fatal)
+        finally:
+            self._closed(self)
+            if self.log is not None:
+                self.log.end_with(error)
+            if self.router is not None:
+                self.router.end_with(error)
+            if not self._ready.done():
+                self._ready.set_exception(error)
+                self._ready.exception()  # nobody may be waiting
+            await self._catch_ups.close()
+            await self._source.close()
+            _logger.info("feed of %s.%s closed", self._driver.name, self.scope)
+
+    def _append(self, batch: Batch) -> None:
+        if self.log is None:
+            self.log = Log(batch.head, self._limits)
+            self._ready.set_result(None)
+            _logger.info("feed of %s.%s open", self._driver.name, self.scope)
+        elif self._lost is not None:
+            self.resets += 1
+            _logger.warning("feed of %s.%s reset: %s", self._driver.name, self.scope, self._lost)
+            self._add([reset_entry(batch.head)], batch.head)
+            self._lost = None
+        self._add(batch.entries, batch.head)
+
+    def _add(self, entries: list[Entry], head: ResumeToken) -> None:
+        assert self.log is not None
+        self.log.append(entries, head)
+        if entries and self.router is not None:
+            self.router.route(entries)
+
+    def _floor(self) -> str:
+        assert self.log is not None
+        return self.log.floor
+
+    async def close(self) -> None:
+        """End the feed and everybody's streams of it."""
+        if self._linger is not None:
+            self._linger.cancel()
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task

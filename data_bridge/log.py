@@ -1,0 +1,164 @@
+"""Log: changes in order, in bounded memory, read by position.
+
+The cache of MongoDB's oplog that everybody in the process shares. A subscriber is a sequence
+number here, not a queue: falling behind costs nothing but, at some point, a catch-up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+
+from .errors import DataBridgeError
+from .source import Entry
+from .token import ResumeToken
+
+__all__ = ["RESET", "Limits", "Log", "reset_entry"]
+
+RESET = "reset"  # the operation of the mark that stands where history was lost
+_token = attrgetter("token")
+# A join that is sent in one piece; a subscriber with more pending gets several.
+_JOIN_BYTES = 256 * 1024
+_JOINS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The bounds of a bridge.
+
+    Attributes:
+        log_entries: changes that each feed keeps in memory.
+        log_bytes: memory that these may take, in bytes.
+        cursors: server cursors for feeds with a pipeline or options of their own.
+        catch_ups: catch-up cursors open at once, for all feeds together.
+        linger: seconds that a feed stays open after its last subscriber left.
+        timeout: seconds that opening a cursor or attaching to a feed may take.
+    """
+
+    log_entries: int = 10_000
+    log_bytes: int = 32 * 1024 * 1024
+    cursors: int = 20
+    catch_ups: int = 4
+    linger: float = 5.0
+    timeout: float = 5.0
+
+
+class Log:
+    """Changes in order, each with a sequence number; the oldest make room for the newest."""
+
+    def __init__(self, start: ResumeToken, limits: Limits) -> None:
+        self.entries: list[Entry] = []
+        self.base = 0  # the sequence number of entries[0]
+        self.floor = start.hex  # every change after this token and up to head is in entries
+        self.head = start
+        self.bytes = 0
+        self.ended: DataBridgeError | None = None
+        self.finished = False
+        self._limits = limits
+        self.wanted = asyncio.Event()  # somebody has read all there is, and waits
+        self._waiting: set[asyncio.Future[None]] = set()
+        self._joins: dict[object, tuple[int, bytes]] = {}
+
+    @property
+    def end(self) -> int:
+        """The sequence number that the next change will get."""
+        return self.base + len(self.entries)
+
+    def append(self, entries: list[Entry], head: ResumeToken) -> None:
+        """Add what came after the head. A head that only moves wakes nobody."""
+        self.head = head
+        if not entries:
+            return
+        self.entries += entries
+        self.bytes += sum(e.cost for e in entries)
+        self._joins.clear()
+        self._trim()
+        self._wake()
+
+    def seek(self, token: str) -> int | None:
+        """The sequence number of what follows a token; ``None`` if that may have been dropped."""
+        if token < self.floor:
+            return None
+        return self.base + bisect_right(self.entries, token, key=_token)
+
+    def join(self, encoder: Callable[[Entry], bytes], seq: int) -> tuple[int, bytes]:
+        """All that is pending from ``seq`` on as one piece of bytes, and where that ends.
+
+        Subscribers at the same place share the piece; those at all share the frames.
+        """
+        key = (encoder, seq)
+        found = self._joins.get(key)
+        if found is None:
+            found = self._joined(encoder, seq)
+            if len(self._joins) < _JOINS:
+                self._joins[key] = found
+        return found
+
+    def _joined(self, encoder: Callable[[Entry], bytes], seq: int) -> tuple[int, bytes]:
+        frames = []
+        size = 0
+        for entry in self.entries[seq - self.base :]:
+            cache = entry.frames
+            if cache is None:
+                cache = entry.frames = {}
+            frame = cache.get(encoder)
+            if frame is None:
+                frame = encoder(entry)
+                if len(cache) < 8:  # an encoder made for each request would only fill memory
+                    cache[encoder] = frame
+                    entry.cost += len(frame)
+                    self.bytes += len(frame)
+            frames.append(frame)
+            size += len(frame)
+            if size >= _JOIN_BYTES:
+                break
+        return seq + len(frames), b"".join(frames)
+
+    def wait(self) -> asyncio.Future[None]:
+        """A future for the next append, finish or end; give it back with ``forget``."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.add(future)
+        self.wanted.set()
+        return future
+
+    def forget(self, future: asyncio.Future[None]) -> None:
+        """The future of a wait is not needed any more."""
+        self._waiting.discard(future)
+
+    def finish(self) -> None:
+        """Nothing more will be added here: attach to the feed again, after the head."""
+        self.finished = True
+        self._wake()
+
+    def end_with(self, error: DataBridgeError) -> None:
+        """Nothing more will come; subscribers get the error after what is pending."""
+        self.ended = error
+        self._wake()
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, set()
+        self.wanted.clear()
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    def _trim(self) -> None:
+        extra = max(0, len(self.entries) - self._limits.log_entries)
+        bytes_ = self.bytes - sum(e.cost for e in self.entries[:extra])
+        # The newest stays whatever its size: somebody is about to read it.
+        while bytes_ > self._limits.log_bytes and extra < len(self.entries) - 1:
+            bytes_ -= self.entries[extra].cost
+            extra += 1
+        if extra:
+            self.floor = self.entries[extra - 1].token
+            del self.entries[:extra]
+            self.base += extra
+            self.bytes = bytes_
+
+
+def reset_entry(position: ResumeToken) -> Entry:
+    """The mark in a log where history was lost; what follows starts at the position."""
+    return Entry({"_id": position.document, "operationType": RESET}, 0)

@@ -1,0 +1,249 @@
+"""ChangeStream: one subscriber, a position in a feed.
+
+What ``Document.watch()`` returns. It holds no changes, only the place from which it reads next, so
+that cancelling a wait loses nothing, falling behind costs nothing and leaving needs no cleaning up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+
+from .change import Change
+from .errors import BridgeClosed, InvalidFilter, ResumeHistoryLost
+from .filter import Filter
+from .log import RESET, Log
+from .source import Entry
+from .token import ResumeToken
+
+if TYPE_CHECKING:
+    from .document import Document
+    from .feed import Feed
+
+__all__ = ["ChangeStream", "Wishes"]
+
+D = TypeVar("D", bound="Document")
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """Which changes of a feed a subscriber asked for; decided in process, so that all share it."""
+
+    operations: frozenset[str] | None = None
+    filter: Filter | None = None
+
+    def __post_init__(self) -> None:
+        if self.filter is not None and self.filter.beyond is not None:
+            raise InvalidFilter(
+                f"watch() cannot evaluate this filter: {self.filter.beyond}. Have the server do "
+                "it: pipeline=[{'$match': …}] on the names of a change event."
+            )
+
+    def wants(self, entry: Entry) -> bool:
+        """Whether a change is one of those."""
+        if self.operations is not None and entry.operation not in self.operations:
+            return False
+        return self.filter is None or self._matches(entry.raw, self.filter)
+
+    @staticmethod
+    def _matches(raw: dict[str, Any], filter: Filter) -> bool:
+        # The document after the change or before it, whichever is known; else what names it.
+        known = [d for f in ("fullDocument", "fullDocumentBeforeChange") if (d := raw.get(f))]
+        if not known:
+            key = raw.get("documentKey")
+            if key is None:  # a drop or its like concerns every document
+                return True
+            known = [key]
+        return any(filter.matches(document) for document in known)
+
+
+class ChangeStream(Generic[D]):
+    """The changes to a collection, from a position on, in order, each once.
+
+    ``async for change in Order.watch()`` starts from now when the loop starts.
+    ``async with Order.watch() as changes`` is ready on entry: a change acknowledged after that
+    line is delivered, always. Either way ``resume_token`` says how far it has come.
+
+    Raises, from iteration and on entry:
+        ResumeHistoryLost: the server no longer has what follows the position. Iterating on goes
+            on from now, if the stream was running, so read the present state first.
+        InvalidResumeToken: the server does not know the position.
+        ServerUnreachable: nothing answered when the stream was opened. A running stream waits.
+        DataBridgeError: what else ends a stream for good.
+    """
+
+    resumable = True
+
+    def __init__(
+        self,
+        feed: Callable[[], Feed],
+        model: type[D],
+        position: ResumeToken | None,
+        wishes: Wishes,
+    ) -> None:
+        self.model = model
+        self.wishes = wishes
+        self._open_feed = feed
+        self._feed: Feed | None = None
+        self._log: Log | None = None
+        self._seq = 0
+        self._token = position  # the last thing read, or where to start
+        self._skip = ""  # what a worker that was ahead has delivered already
+        self._closed = False
+
+    # -- for everybody --
+
+    @property
+    def resume_token(self) -> ResumeToken | None:
+        """The position up to which all has been delivered; ``None`` before the stream is open."""
+        log, token = self._log, self._token
+        if log is not None and self._seq >= log.end and (token is None or log.head > token):
+            return log.head
+        return token
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Change[D]:
+        while True:
+            log = self._log
+            if log is not None and 0 <= (index := self._seq - log.base) < len(log.entries):
+                entry = log.entries[index]
+                self._seq += 1
+                self._token = entry.position
+                if entry.token <= self._skip:
+                    continue
+                if entry.operation == RESET:
+                    raise _lost_meanwhile()
+                if self.wishes.wants(entry):
+                    return entry.typed(self.model)
+            elif self._closed:
+                raise StopAsyncIteration
+            else:
+                await self.wait()
+
+    async def aclose(self) -> None:
+        """Leave the feed. Iterating ends; the position stays readable."""
+        self._token = self.resume_token
+        self._leave()
+
+    # -- for those who send many changes at once --
+
+    async def open(self) -> None:
+        """Attach to the feed at the position that was asked for, unless done before."""
+        if self._closed:
+            raise BridgeClosed("this stream was closed; call watch() again")
+        if self._log is None:
+            if self._feed is None:
+                self._feed = self._open_feed()
+                self._feed.join()
+            await self._attach(self._token)
+
+    def start_after(self, position: ResumeToken) -> None:
+        """Start elsewhere than was asked for; before the stream is open."""
+        self._token = position
+
+    def take(self, encoder: Callable[[Entry], bytes]) -> bytes:
+        """All that is pending as one piece of bytes; empty if nothing is, or nothing matched."""
+        log = self._log
+        if log is None or not log.base <= self._seq < log.end:
+            return b""
+        if self._skip:
+            return self._take_one(log, encoder)
+        self._seq, joined = log.join(encoder, self._seq)
+        self._token = log.entries[self._seq - log.base - 1].position
+        return joined
+
+    def _take_one(self, log: Log, encoder: Callable[[Entry], bytes]) -> bytes:
+        entry = log.entries[self._seq - log.base]
+        self._seq += 1
+        if entry.token <= self._skip:
+            return b""
+        self._skip = ""
+        self._token = entry.position
+        return encoder(entry)
+
+    @property
+    def pending(self) -> bool:
+        """Whether ``take`` has something to look at right now."""
+        return self._log is not None and self._log.base <= self._seq < self._log.end
+
+    async def wait(self) -> None:
+        """Wait until something is pending, moving from log to log on the way."""
+        await self.open()
+        while True:
+            log = self._log
+            assert log is not None
+            if self._seq < log.base:  # too slow for this log
+                await self._attach(self._token)
+            elif self._seq < log.end:
+                return
+            elif log.finished:
+                await self._attach(self.resume_token)
+            elif log.ended is not None:
+                if self._started_later(log):
+                    await self._attach(self._token)
+                else:
+                    raise log.ended
+            else:
+                future = log.wait()
+                try:
+                    await future
+                finally:
+                    log.forget(future)
+
+    def _started_later(self, log: Log) -> bool:
+        # A catch-up that began before this position may be lost where this position is not.
+        return (
+            isinstance(log.ended, ResumeHistoryLost)
+            and self._token is not None
+            and self._token.hex > log.floor
+        )
+
+    async def _attach(self, position: ResumeToken | None) -> None:
+        assert self._feed is not None
+        log, seq = await self._feed.attach(position)
+        self._log, self._seq = log, seq
+        self._token = log.head if position is None else position
+        self._skip = self._token.hex if self._token > log.head else ""
+
+    async def restart(self) -> None:
+        """Go on from now, after the position was lost."""
+        self._token, self._log = None, None
+        await self.open()
+
+    def _leave(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._log = None
+            if self._feed is not None:
+                self._feed.leave()
+
+    def __del__(self) -> None:
+        # `async for change in Order.watch()` never closes what it iterates.
+        if not getattr(self, "_closed", True):
+            self._leave()
+
+    def __repr__(self) -> str:
+        return f"<ChangeStream {self.model.__name__} at {self.resume_token}>"
+
+
+def _lost_meanwhile() -> ResumeHistoryLost:
+    return ResumeHistoryLost(
+        "changes were lost: the server no longer has the history after the last position. Read "
+        "the present state again; iterating on goes on from now."
+    )
