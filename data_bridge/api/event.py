@@ -1,0 +1,83 @@
+"""ServerSentEvent: one event, and the bytes of it.
+
+https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+__all__ = ["ServerSentEvent", "one_line"]
+
+_LINE_END = re.compile(r"\r\n|\r|\n")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSentEvent:
+    """One event.
+
+    Args:
+        data: the text; every line of it becomes a ``data:`` line. May be empty.
+        event: the event's type, ``message`` to a client if left out.
+        id: what a client sends back as ``Last-Event-ID`` when it reconnects.
+        retry: how long a client waits before it reconnects, in milliseconds.
+
+    Raises:
+        ValueError: a line end in ``event`` or ``id`` or a NUL in ``id``, with which text from
+            outside could add fields or events of its own; a negative ``retry``.
+        TypeError: a value that is not of its type.
+    """
+
+    data: str
+    event: str | None = None
+    id: str | None = None
+    retry: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.data, str):
+            raise TypeError(
+                f"data is text, not {type(self.data).__name__}: json.dumps() makes text of it"
+            )
+        one_line("event", self.event, "\r\n")
+        one_line("id", self.id, "\r\n\0")
+        if self.retry is not None:
+            if not isinstance(self.retry, int) or isinstance(self.retry, bool):
+                raise TypeError(f"retry is a whole number of milliseconds, not {self.retry!r}")
+            if self.retry < 0:
+                raise ValueError(f"retry is a number of milliseconds from 0 on, not {self.retry}")
+
+    def encode(self) -> bytes:
+        """The event as it goes over the wire, blank line included."""
+        lines = []
+        if self.event is not None:
+            lines.append(f"event: {self.event}\n")
+        if self.id is not None:
+            lines.append(f"id: {self.id}\n")
+        if self.retry is not None:
+            lines.append(f"retry: {self.retry}\n")
+        if "\n" in self.data or "\r" in self.data:
+            lines += [f"data: {line}\n" for line in _LINE_END.split(self.data)]
+        else:
+            lines.append(f"data: {self.data}\n")
+        lines.append("\n")
+        return _utf8("".join(lines))
+
+    __bytes__ = encode
+
+
+def one_line(name: str, value: str | None, forbidden: str) -> None:
+    """Refuse text from which a client would read more than one field."""
+    if value is None:
+        return
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is text, not {type(value).__name__}: str() makes text of it")
+    if any(c in value for c in forbidden):
+        raise ValueError(f"{name} must not contain line ends or NUL: {value[:80]!r}")
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which UTF-8 cannot carry
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()

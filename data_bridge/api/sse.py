@@ -1,0 +1,162 @@
+"""EventSourceResponse: the response that streams events.
+
+https://html.spec.whatwg.org/multipage/server-sent-events.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from starlette.background import BackgroundTask
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ..change import Change
+from ..stream import ChangeStream, Wishes
+from .connection import Connection, Frames
+from .encoder import ChangeEncoder, Made, Named, change_encoder, reset_frame
+from .event import ServerSentEvent, one_line
+from .produced import Produced
+
+__all__ = ["EventSourceResponse", "ServerSentEvent"]
+
+
+class EventSourceResponse(Response):
+    """Streams events to a client for as long as it stays.
+
+    Args:
+        content: what to send: ``Order.watch()``, which resumes by itself after the
+            ``Last-Event-ID`` of the request, or an async iterator of ``ServerSentEvent`` or
+            ``Change``. When the client goes away an iterator is cancelled where it waits.
+        status_code: the status; anything but 200 closes a browser's EventSource for good.
+        headers: more headers, or others than the automatic ones.
+        background: a Starlette background task, run after the stream has ended.
+        event: for changes, their event name or a function of the change; the operation if left out.
+        data: for changes, a function that gives text or what becomes JSON; ``{"operation", "id",
+            "document"}`` if left out.
+        id: for changes, a function that gives the event id; the resume token if left out.
+        resume: whether to start after the request's ``Last-Event-ID`` (or its query parameter
+            ``last_event_id``, for clients that cannot set the header).
+        keep_alive: seconds without an event after which a comment keeps proxies from closing the
+            connection, or ``None``.
+        retry: milliseconds that clients wait before they reconnect.
+        send_timeout: seconds that a client may leave a send waiting before it is cut off; it
+            resumes when it reads again.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        content: ChangeStream[Any] | AsyncIterator[Any],
+        status_code: int = 200,
+        headers: Mapping[str, str] | None = None,
+        background: BackgroundTask | None = None,
+        *,
+        event: Named = None,
+        data: Made = None,
+        id: Made = None,
+        resume: bool = True,
+        keep_alive: float | None = 15.0,
+        retry: int | None = None,
+        send_timeout: float = 30.0,
+    ) -> None:
+        if not hasattr(content, "__aiter__"):
+            raise TypeError(
+                "EventSourceResponse sends what an async iterator yields, such as Order.watch() or "
+                f"an async generator of ServerSentEvent; not {type(content).__name__}"
+            )
+        for name, seconds in (("keep_alive", keep_alive), ("send_timeout", send_timeout)):
+            if seconds is not None and seconds <= 0:
+                raise ValueError(f"{name} is a number of seconds above 0, not {seconds}")
+        ServerSentEvent("", retry=retry)
+        self.content: Frames = _frames(content, self._frame)
+        self.status_code = status_code
+        self.background = background
+        self.resume = resume
+        self.keep_alive = keep_alive
+        self.retry = retry
+        self.send_timeout = send_timeout
+        self.own_ids = id is None and self.content.resumable
+        self._items = content
+        self._event, self._data, self._id = event, data, id
+        if isinstance(event, str):
+            one_line("event", event, "\r\n")
+        self.encoder: Any = None
+        if isinstance(content, ChangeStream):
+            self.encoder = change_encoder(content, event, data, id)
+        self.body = b""
+        automatic = {
+            "content-type": "text/event-stream",
+            "cache-control": "no-cache",
+            "connection": "keep-alive",
+            "x-accel-buffering": "no",
+        }
+        for key, value in (headers or {}).items():
+            automatic[key.lower()] = value
+        self.raw_headers = [
+            (k.encode("latin-1"), v.encode("latin-1")) for k, v in automatic.items()
+        ]
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """The frames one by one, for tests and for other transports."""
+        content = self.content
+        if not content.resumable:
+            async for item in self._items:
+                yield self._frame(item)
+            return
+        try:
+            await content.open()
+            yield self.opening(content)
+            while True:
+                while content.pending:
+                    for frame in content.take(self.encoder).split(b"\n\n")[:-1]:
+                        yield frame + b"\n\n"
+                try:
+                    await content.wait()
+                except StopAsyncIteration:
+                    return
+        finally:
+            await content.aclose()
+
+    def opening(self, content: Frames) -> bytes:
+        """The first frame: where the stream starts, so that no cut is too early to resume from."""
+        lines = b"" if self.retry is None else b"retry: %d\n" % self.retry
+        if self.own_ids and content.resume_token is not None:
+            lines += b"id: %b\n" % str(content.resume_token).encode()
+        return lines + b"\n" if lines else b""
+
+    def reset(self, content: Frames | None) -> bytes:
+        """What a client is told when its past is gone; ``None``: it has to start anew."""
+        if content is None:  # the empty id makes it forget its own
+            return reset_frame("history lost", "")
+        return reset_frame("history lost", content.resume_token if self.own_ids else None)
+
+    def _frame(self, item: Any) -> bytes:
+        """The frame of something that a generator yielded."""
+        if isinstance(item, ServerSentEvent):
+            return item.encode()
+        if isinstance(item, Change):
+            return ChangeEncoder(item.model, Wishes(), self._event, self._data, self._id).frame(
+                item
+            )
+        raise TypeError(
+            f"a stream yields ServerSentEvent or Change, not {type(item).__name__}: wrap it, "
+            "ServerSentEvent(data=json.dumps(…))"
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        connection = Connection(self, self.content, scope, receive, send)
+        try:
+            await connection.run()
+        finally:
+            await connection.close()
+        if self.background is not None:
+            await self.background()
+
+
+def _frames(content: Any, frame: Callable[[Any], bytes]) -> Frames:
+    if isinstance(content, ChangeStream):
+        return content
+    return Produced(content, frame)
