@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from .catch_up import Slots
+from .change import Operation
 from .document import Document, collection_name, ensure_indexes, settings_of
 from .driver import Driver, open_driver
 from .errors import BridgeClosed, InvalidPipeline, NotBound, TooManyCursors
@@ -35,6 +36,7 @@ _open: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, list[Bridge]] = (
     weakref.WeakKeyDictionary()
 )
 
+_OPERATIONS = frozenset(str(o) for o in Operation)
 _IMAGES = ("default", "updateLookup", "whenAvailable", "required")
 _IMAGES_BEFORE = ("off", "whenAvailable", "required")
 
@@ -59,6 +61,7 @@ class Bridge:
         self.driver: Driver
         self._source = source
         self._feeds: dict[Scope, Feed] = {}
+        self._running: set[Feed] = set()  # those and the ones that are about to end
         self._slots = Slots(self.limits.catch_ups)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -71,7 +74,7 @@ class Bridge:
         self.driver = open_driver(self._source)
         try:
             await self.driver.check(self.limits.timeout)
-            for model in self.documents or _declared(Document):
+            for model in _declared(Document) if self.documents is None else self.documents:
                 await ensure_indexes(model, self.driver.collection(collection_name(model)))
         except BaseException:
             await self.driver.close()
@@ -86,8 +89,7 @@ class Bridge:
             return
         _open[self._loop].remove(self)
         self._loop = None
-        for feed in list(self._feeds.values()):
-            await feed.close()
+        await asyncio.gather(*(feed.close() for feed in self._running))
         await self.driver.close()
 
     async def __aenter__(self) -> Self:
@@ -149,6 +151,8 @@ class Bridge:
                 )
             feed = Feed(self.driver, scope, self.limits, self._slots, self._closed)
             self._feeds[scope] = feed
+            self._running.add(feed)
+            feed.task.add_done_callback(lambda _: self._running.discard(feed))
         return feed
 
     def _closed(self, feed: Feed) -> None:
@@ -239,11 +243,13 @@ def _declared(base: type[Document]) -> list[type[Document]]:
 def _operations(operations: Iterable[str] | str | None) -> frozenset[str] | None:
     if operations is None:
         return None
-    if isinstance(operations, str):
-        operations = [operations]
-    wanted = frozenset(str(o) for o in operations)
+    wanted = frozenset([operations] if isinstance(operations, str) else operations)
     if not wanted:
         raise ValueError("operations= is empty: nothing would ever be delivered")
+    if unknown := [o for o in wanted if o not in _OPERATIONS]:
+        raise ValueError(
+            f"operations= has {unknown[0]!r}, which is none of {', '.join(sorted(_OPERATIONS))}"
+        )
     return wanted
 
 
@@ -256,9 +262,12 @@ def _one_of(name: str, value: str | None, allowed: tuple[str, ...]) -> str | Non
 def _pipeline(pipeline: Sequence[Mapping[str, Any]] | None) -> str:
     if pipeline is None:
         return "[]"
-    if isinstance(pipeline, Mapping) or not all(isinstance(s, Mapping) for s in pipeline):
+    if not isinstance(pipeline, Sequence) or not all(isinstance(s, Mapping) for s in pipeline):
         raise InvalidPipeline('a pipeline is a list of stages, like [{"$match": {…}}]')
-    return canonical(list(pipeline))
+    try:
+        return canonical(list(pipeline))
+    except (TypeError, ValueError) as error:
+        raise InvalidPipeline(f"BSON cannot hold this pipeline: {error}") from error
 
 
 def watch(model: type[D], **options: Any) -> ChangeStream[D]:

@@ -8,13 +8,12 @@ at once, however many clients come back after a restart.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from bson import Timestamp
 
-from .errors import BridgeClosed, DataBridgeError, ResumeHistoryLost
+from .errors import BridgeClosed, DataBridgeError, ResumeHistoryLost, ServerUnreachable
 from .log import Limits, Log
 from .source import Batch, Scope, Source
 from .token import ResumeToken
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from .driver import Driver
 
 __all__ = ["CatchUps", "Slots"]
-
-_logger = logging.getLogger("data_bridge")
 
 # Tokens this close together, in seconds of cluster time, are worth one cursor: reading a minute
 # of changes takes less than opening cursors for each.
@@ -38,7 +35,7 @@ class Slots:
 
     def __init__(self, number: int) -> None:
         self.free = number
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._waiting: dict[asyncio.Future[None], None] = {}  # who waits longest is asked first
 
     def take(self) -> bool:
         """Take a slot if there is one."""
@@ -54,7 +51,7 @@ class Slots:
 
     def announce(self) -> None:
         """Something changed for those who wait: a slot is free, or a catch-up can be joined."""
-        waiting, self._waiting = self._waiting, set()
+        waiting, self._waiting = self._waiting, {}
         for future in waiting:
             if not future.done():
                 future.set_result(None)
@@ -62,11 +59,11 @@ class Slots:
     async def changed(self) -> None:
         """Wait for the next announcement."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.add(future)
+        self._waiting[future] = None
         try:
             await future
         finally:
-            self._waiting.discard(future)
+            self._waiting.pop(future, None)
 
 
 class CatchUps:
@@ -81,30 +78,47 @@ class CatchUps:
         self._limits = limits
         self._slots = slots
         self._floor = floor  # where the feed's own log begins
-        self._running: dict[asyncio.Task[None], Log] = {}
+        self._running: dict[Log, asyncio.Event] = {}  # and whether the cursor is open
+        self._tasks: set[asyncio.Task[None]] = set()
         self._wanted: dict[object, ResumeToken] = {}
         self._lost = ""  # no position up to this token has a history any more
         self._closed = False
 
-    async def attach(self, position: ResumeToken) -> tuple[Log, int]:
-        """A log that has, or will have, what follows the position.
+    async def attach(self, position: ResumeToken, *, patient: bool) -> tuple[Log, int]:
+        """A log that has, or will have, what follows the position; its cursor is open.
+
+        Args:
+            patient: wait for a server that is away for as long as it takes.
 
         Raises:
             ResumeHistoryLost: the server no longer has it.
+            InvalidResumeToken: the server does not know the position.
+            ServerUnreachable: the cursor could not be opened in time.
         """
+        while True:
+            log = await self._serving(position)
+            await self._open(log, None if patient else self._limits.timeout)
+            if log.ended is None:
+                if (seq := log.seek(position.hex)) is not None:
+                    return log, seq
+            elif not (isinstance(log.ended, ResumeHistoryLost) and position.hex > log.floor):
+                raise log.ended.with_traceback(None)
+            # It began before this position, and that may be lost where this is not.
+
+    async def _serving(self, position: ResumeToken) -> Log:
         me = object()
         self._wanted[me] = position
         try:
             while True:
+                if self._closed:
+                    raise BridgeClosed("the bridge was closed")
                 if position.hex <= self._lost:
                     raise lost(self._scope)
                 log = self._joinable(position)
                 if log is None and self._slots.take():
                     log = self._start(position)
                 if log is not None:
-                    seq = log.seek(position.hex)
-                    assert seq is not None
-                    return log, seq
+                    return log
                 await self._slots.changed()
         finally:
             del self._wanted[me]
@@ -112,34 +126,54 @@ class CatchUps:
     def _joinable(self, position: ResumeToken) -> Log | None:
         found = [
             log
-            for log in self._running.values()
+            for log in self._running
             if log.floor <= position.hex
             and position.cluster_time.time - log.head.cluster_time.time <= _NEAR
         ]
         return max(found, key=lambda log: log.head, default=None)
 
     def _start(self, position: ResumeToken) -> Log:
-        if self._closed:
-            self._slots.release()
-            raise BridgeClosed("the bridge was closed")
         since = ResumeToken.at(Timestamp(max(0, position.cluster_time.time - _NEAR), 0)).hex
         start = min(p for p in self._wanted.values() if since <= p.hex <= position.hex)
         log = Log(start, self._limits)
+        self._running[log] = asyncio.Event()
         task = asyncio.create_task(self._run(log, start), name=f"data-bridge catch-up {start}")
-        self._running[task] = log
+        self._tasks.add(task)
+        task.add_done_callback(lambda task: self._ended(task, log))
         self.opened += 1
         self._slots.announce()
         return log
 
+    async def _open(self, log: Log, timeout: float | None) -> None:
+        opened = self._running.get(log)
+        if opened is None or opened.is_set():
+            return
+        try:
+            async with asyncio.timeout(timeout):
+                await opened.wait()
+        except TimeoutError as error:
+            raise ServerUnreachable(
+                f"cannot watch {self._driver.name}.{self._scope}: no MongoDB server answered "
+                f"within {timeout:g} s. Check that the replica set has a primary."
+            ) from error
+
     async def _run(self, log: Log, start: ResumeToken) -> None:
         source = Source(self._driver, self._scope, start=start, timeout=self._limits.timeout)
+        opened = self._running[log]
+        announced = start.cluster_time.time
 
         def append(batch: Batch) -> None:
+            nonlocal announced
+            opened.set()
             log.append(batch.entries, batch.head)
+            if log.head.cluster_time.time - announced >= _NEAR / 4:
+                announced = log.head.cluster_time.time
+                self._slots.announce()  # some may wait for what comes next
 
-        error: DataBridgeError = BridgeClosed("the bridge was closed")
         try:
-            while log.head.hex < self._floor():
+            while not opened.is_set():
+                await source.read(append)
+            while not self._met(log, source):
                 await source.read(append)
                 async with asyncio.timeout(_IDLE):
                     await log.wanted.wait()
@@ -147,25 +181,49 @@ class CatchUps:
         except TimeoutError:
             log.finish()
         except DataBridgeError as fatal:
-            error = fatal
             if isinstance(fatal, ResumeHistoryLost) and getattr(fatal.__cause__, "code", 0) == 286:
                 self._lost = max(self._lost, log.floor)
+            log.end_with(fatal)
         finally:
-            task = asyncio.current_task()
-            assert task is not None
-            self._running.pop(task, None)
-            if not log.finished:
-                log.end_with(error)
+            self._end(log)
             await source.close()
-            self._slots.release()
-            _logger.info("catch-up on %s.%s done", self._driver.name, self._scope)
+
+    def _met(self, log: Log, source: Source) -> bool:
+        """Whether the feed's own log goes on where this one ends."""
+        floor = ResumeToken(self._floor())
+        if log.head >= floor:
+            return True
+        # A feed starts one tick after the present. On a quiet cluster nothing ever comes between.
+        if source.exhausted and floor.is_high_water and _next(log.head, floor):
+            log.append([], floor)
+            return True
+        return False
+
+    def _end(self, log: Log) -> None:
+        opened = self._running.pop(log, None)
+        if opened is not None:
+            if not log.finished and log.ended is None:
+                log.end_with(BridgeClosed("the bridge was closed"))
+            opened.set()
+
+    def _ended(self, task: asyncio.Task[None], log: Log) -> None:
+        self._end(log)  # of a task that was cancelled before its first step
+        self._tasks.discard(task)
+        self._slots.release()
 
     async def close(self) -> None:
         """End all of them and the streams that they serve."""
         self._closed = True
-        for task in list(self._running):
+        self._slots.announce()
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+
+def _next(one: ResumeToken, other: ResumeToken) -> bool:
+    a, b = one.cluster_time, other.cluster_time
+    return a.time == b.time and a.inc + 1 == b.inc
 
 
 def lost(scope: Scope) -> ResumeHistoryLost:

@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 import pymongo
+from bson import Timestamp
 from bson.binary import UuidRepresentation
 from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.raw_bson import RawBSONDocument
@@ -66,6 +67,7 @@ class Reply:
 
     documents: bytes
     position: ResumeToken
+    cluster_time: Timestamp | None = None  # the server's own, when it replied
 
 
 class Cursor(Protocol):
@@ -86,6 +88,7 @@ class Driver:
     def __init__(self, database: Any, *, owned: bool) -> None:
         self.database = database
         self.owned = owned
+        self._second: Any = None
 
     @property
     def name(self) -> str:
@@ -148,6 +151,17 @@ class Driver:
         """
         raise NotImplementedError
 
+    def _beside(self, client: Any) -> Any:
+        """The database through a client that only cursors use, with connections of its own.
+
+        A cursor's getMore occupies a connection for as long as it waits: thirty of them would leave
+        a pool of thirty with none for the application's queries.
+        """
+        if self._second is None:
+            # The driver does so itself for encryption; tests/test_driver.py holds it to account.
+            self._second = client._duplicate(maxPoolSize=None, minPoolSize=0)
+        return self._second[self.name]
+
     async def close(self) -> None:
         """Close the client if this package opened it."""
 
@@ -163,7 +177,7 @@ class PyMongoDriver(Driver):
         batch_size: int,
         timeout: float,
     ) -> tuple[Cursor, ResumeToken]:
-        aggregate = _aggregate(self.database, collection)
+        aggregate = _aggregate(self._beside(self.database.client), collection)
         async with asyncio.timeout(timeout + 1):
             with pymongo.timeout(timeout):
                 cursor = await aggregate(
@@ -172,6 +186,8 @@ class PyMongoDriver(Driver):
         return PyMongoCursor(cursor), _position(cursor)
 
     async def close(self) -> None:
+        if self._second is not None:
+            await self._second.close()
         if self.owned:
             await self.database.client.close()
 
@@ -212,7 +228,8 @@ class MotorDriver(Driver):
         batch_size: int,
         timeout: float,
     ) -> tuple[Cursor, ResumeToken]:
-        aggregate = _aggregate(self.database.delegate, collection)
+        database = self._beside(self.database.client.delegate)
+        aggregate = _aggregate(database, collection)
         thread = _Thread()
 
         def opened() -> Any:
@@ -225,9 +242,11 @@ class MotorDriver(Driver):
         except BaseException:
             thread.stop()
             raise
-        return MotorCursor(self, collection, cursor, thread), _position(cursor)
+        return MotorCursor(database, collection, cursor, thread), _position(cursor)
 
     async def close(self) -> None:
+        if self._second is not None:
+            self._second.close()
         if self.owned:
             self.database.client.close()
 
@@ -235,10 +254,8 @@ class MotorDriver(Driver):
 class MotorCursor:
     """A raw batch cursor of Motor's delegate and the thread that reads it."""
 
-    def __init__(
-        self, driver: MotorDriver, collection: str | None, cursor: Any, thread: _Thread
-    ) -> None:
-        self._driver = driver
+    def __init__(self, database: Any, collection: str | None, cursor: Any, thread: _Thread) -> None:
+        self._database = database
         self._collection = collection or "$cmd.aggregate"  # where the server keeps such cursors
         self._cursor = cursor
         self._thread = thread
@@ -256,15 +273,23 @@ class MotorCursor:
             return await self._thread.run(self._read, timeout)
 
     async def close(self) -> None:
-        if self._thread.busy and self._cursor.cursor_id:
-            # The thread is inside a getMore: killed from outside, it returns at once.
-            kill = {"killCursors": self._collection, "cursors": [self._cursor.cursor_id]}
-            with suppress(PyMongoError, OSError, TimeoutError):
-                await self._driver.command(kill, timeout=1)
-        with suppress(PyMongoError, OSError, TimeoutError):
-            async with asyncio.timeout(AWAIT_MS / 1000 + 0.5):
-                await self._thread.run(self._closed)
-        self._thread.stop()
+        # A thread inside a getMore comes back when the server's wait is over. Killed from outside,
+        # the cursor is gone by then, and the thread ends by itself.
+        busy = self._thread.busy and self._cursor.cursor_id
+        thread = _Thread() if busy else self._thread
+        try:
+            async with asyncio.timeout(1.5):
+                await thread.run(self._killed if busy else self._closed)
+        except TimeoutError:
+            pass
+        finally:
+            thread.stop()
+            self._thread.stop()
+
+    def _killed(self) -> None:
+        kill = {"killCursors": self._collection, "cursors": [self._cursor.cursor_id]}
+        with suppress(PyMongoError, OSError), pymongo.timeout(1):
+            self._database.command(kill)
 
     def _closed(self) -> None:
         with suppress(PyMongoError, OSError), pymongo.timeout(1):
@@ -368,7 +393,9 @@ def _position(cursor: Any) -> ResumeToken:
 def _reply(cursor: Any, found: Any, rest: list[Any]) -> Reply:
     if isinstance(found, RawBSONDocument):
         found = b"".join(d.raw for d in (found, *rest))
-    return Reply(found or b"", _position(cursor))
+    session = cursor._session
+    time = None if session is None else (session.cluster_time or {}).get("clusterTime")
+    return Reply(found or b"", _position(cursor), time)
 
 
 def open_driver(source: Any) -> Driver:

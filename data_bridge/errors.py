@@ -193,6 +193,8 @@ def fault(error: BaseException) -> Fault:
     error code that says "gone" is final whatever labels come with it.
     """
     if isinstance(error, driver.OperationFailure):
+        if _id_was_removed(error):
+            return Fault.FATAL
         if error.code in _LOST or error.has_error_label("NonResumableChangeStreamError"):
             return Fault.LOST
         if error.code in _TOO_LARGE:
@@ -255,6 +257,8 @@ def _from_code(error: driver.OperationFailure, doing: str, token: bool) -> DataB
             "Check user, password and authSource of the URI; watching needs the role 'read' on "
             "the database."
         )
+    if _id_was_removed(error):
+        return InvalidPipeline(f"cannot {doing}: the pipeline may not change or remove _id.")
     if code in _LOST:
         return ResumeHistoryLost(
             f"cannot {doing}: the server no longer has the history after this position "
@@ -279,6 +283,11 @@ def _from_code(error: driver.OperationFailure, doing: str, token: bool) -> DataB
             f"cannot {doing}: the server refuses the pipeline or an option (error {code})."
         )
     return OperationFailed(f"cannot {doing}: {error}", code)
+
+
+def _id_was_removed(error: driver.OperationFailure) -> bool:
+    # The code of a token that is lost, but here the next event would be lost in the same way.
+    return error.code == 280 and "modified by the pipeline" in str(error)
 
 
 def not_a_replica_set(doing: str) -> NotAReplicaSet:

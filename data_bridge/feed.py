@@ -12,8 +12,9 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from . import journal
 from .catch_up import CatchUps, Slots
 from .errors import (
     BridgeClosed,
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Feed"]
 
-_logger = logging.getLogger("data_bridge")
+# How far a position may lie ahead of the cluster's time, in seconds.
+_AHEAD = 1
 
 
 class Feed:
@@ -61,7 +63,8 @@ class Feed:
         self._lost: ResumeHistoryLost | None = None
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._linger: asyncio.TimerHandle | None = None
-        self._task = asyncio.create_task(self._run(), name=f"data-bridge feed {scope}")
+        self._ending = False
+        self.task = asyncio.create_task(self._run(), name=f"data-bridge feed {scope}")
 
     # -- subscribers --
 
@@ -80,10 +83,16 @@ class Feed:
     def _left(self) -> None:
         self.subscribers -= 1
         if not self.subscribers and self._linger is None:
-            self._linger = self._loop.call_later(self._limits.linger, self._task.cancel)
+            self._linger = self._loop.call_later(self._limits.linger, self._end)
 
-    async def attach(self, position: ResumeToken | None) -> tuple[Log, int]:
+    async def attach(
+        self, position: ResumeToken | None, *, running: bool = False
+    ) -> tuple[Log, int]:
         """The log and the sequence number where reading on from a position begins.
+
+        Args:
+            running: the position is one that this feed gave out. It is right, and if the server is
+                away, that is something to wait for.
 
         Raises:
             ResumeHistoryLost: the server no longer has what followed the position.
@@ -93,10 +102,12 @@ class Feed:
         log = await self._opened()
         if position is None:
             return log, log.end
-        if position > log.head:
+        if position > log.head and not running:
             await self._refuse_the_future(position)
         seq = log.seek(position.hex)
-        return (log, seq) if seq is not None else await self._catch_ups.attach(position)
+        if seq is not None:
+            return log, seq
+        return await self._catch_ups.attach(position, patient=running)
 
     async def _opened(self) -> Log:
         if self.log is None:
@@ -110,7 +121,7 @@ class Feed:
                 ) from error
         assert self.log is not None
         if self.log.ended is not None:
-            raise self.log.ended
+            raise self.log.ended.with_traceback(None)  # many raise the same one
         return self.log
 
     async def _refuse_the_future(self, position: ResumeToken) -> None:
@@ -120,7 +131,8 @@ class Feed:
         except Exception as error:
             raise translated(error, f"watch {self._driver.name}.{self.scope}") from error
         now = reply.get("$clusterTime", {}).get("clusterTime")
-        if now is not None and position.cluster_time > now:
+        # A cursor that opens starts one tick after the present.
+        if now is not None and position.cluster_time.time > now.time + _AHEAD:
             raise InvalidResumeToken(
                 "this resume position lies in the future of the cluster; it is from another "
                 "deployment, or made up. Connect without it to start from now."
@@ -129,7 +141,7 @@ class Feed:
     # -- the server --
 
     async def _run(self) -> None:
-        error: DataBridgeError = BridgeClosed("the bridge was closed")
+        error: DataBridgeError = _bridge_closed()
         try:
             while True:
                 try:
@@ -138,29 +150,23 @@ class Feed:
                     self._lost = lost
         except DataBridgeError as fatal:
             error = fatal
-            _logger.error("feed of %s.%s ended: %s", self._driver.name, self.scope, fatal)
+            self._journal(logging.ERROR, "failed", reason=fatal)
         finally:
-            self._closed(self)
-            if self.log is not None:
-                self.log.end_with(error)
-            if self.router is not None:
-                self.router.end_with(error)
-            if not self._ready.done():
-                self._ready.set_exception(error)
-                self._ready.exception()  # nobody may be waiting
+            self._end_with(error)
             await self._catch_ups.close()
             await self._source.close()
-            _logger.info("feed of %s.%s closed", self._driver.name, self.scope)
+            self._journal(logging.INFO, "closed")
 
     def _append(self, batch: Batch) -> None:
         if self.log is None:
             self.log = Log(batch.head, self._limits)
             self._ready.set_result(None)
-            _logger.info("feed of %s.%s open", self._driver.name, self.scope)
+            self._lost = None
+            self._journal(logging.INFO, "opened")
         elif self._lost is not None:
             self.resets += 1
-            _logger.warning("feed of %s.%s reset: %s", self._driver.name, self.scope, self._lost)
             self._add([reset_entry(batch.head)], batch.head)
+            self._journal(logging.WARNING, "reset", reason=self._lost)
             self._lost = None
         self._add(batch.entries, batch.head)
 
@@ -174,10 +180,39 @@ class Feed:
         assert self.log is not None
         return self.log.floor
 
-    async def close(self) -> None:
-        """End the feed and everybody's streams of it."""
+    def _journal(self, level: int, event: str, **fields: Any) -> None:
+        position = self.log.head if self.log is not None else None
+        journal.log(level, f"{self._driver.name}.{self.scope}", event, position, **fields)
+
+    # -- the end --
+
+    def _end(self) -> None:
+        # Out of sight first: whoever comes from here on needs a new feed.
+        self._closed(self)
         if self._linger is not None:
             self._linger.cancel()
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
+        if not self._ending:  # a second cancellation would cut the cleaning up short
+            self._ending = True
+            self.task.cancel()
+
+    def _end_with(self, error: DataBridgeError) -> None:
+        self._ending = True
+        self._closed(self)
+        if self.log is not None:
+            self.log.end_with(error)
+        if self.router is not None:
+            self.router.end_with(error)
+        if not self._ready.done():
+            self._ready.set_exception(error)
+            self._ready.exception()  # nobody may be waiting
+
+    async def close(self) -> None:
+        """End the feed and everybody's streams of it."""
+        self._end()
+        await asyncio.wait([self.task])
+        if not self._ready.done():  # the task never got to its first step
+            self._end_with(_bridge_closed())
+
+
+def _bridge_closed() -> BridgeClosed:
+    return BridgeClosed("the bridge was closed")

@@ -22,7 +22,9 @@ RESET = "reset"  # the operation of the mark that stands where history was lost
 _token = attrgetter("token")
 # A join that is sent in one piece; a subscriber with more pending gets several.
 _JOIN_BYTES = 256 * 1024
-_JOINS = 64
+# What the joins that are kept for others may take: everybody is at one of very few places.
+_JOINS_BYTES = 16 * _JOIN_BYTES
+_JOIN_OVERHEAD = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,8 @@ class Log:
         self.wanted = asyncio.Event()  # somebody has read all there is, and waits
         self._waiting: set[asyncio.Future[None]] = set()
         self._joins: dict[object, tuple[int, bytes]] = {}
+        self._joins_bytes = 0
+        self._trimming = False
 
     @property
     def end(self) -> int:
@@ -75,6 +79,7 @@ class Log:
         self.entries += entries
         self.bytes += sum(e.cost for e in entries)
         self._joins.clear()
+        self._joins_bytes = 0
         self._trim()
         self._wake()
 
@@ -93,8 +98,13 @@ class Log:
         found = self._joins.get(key)
         if found is None:
             found = self._joined(encoder, seq)
-            if len(self._joins) < _JOINS:
+            if self._joins_bytes < _JOINS_BYTES:
                 self._joins[key] = found
+                self._joins_bytes += _JOIN_OVERHEAD + len(found[1])
+            if self.bytes > self._limits.log_bytes and not self._trimming:
+                # Frames count too. Not at once: whoever asked is about to look at these entries.
+                self._trimming = True
+                asyncio.get_running_loop().call_soon(self._trim)
         return found
 
     def _joined(self, encoder: Callable[[Entry], bytes], seq: int) -> tuple[int, bytes]:
@@ -146,6 +156,7 @@ class Log:
                 future.set_result(None)
 
     def _trim(self) -> None:
+        self._trimming = False
         extra = max(0, len(self.entries) - self._limits.log_entries)
         bytes_ = self.bytes - sum(e.cost for e in self.entries[:extra])
         # The newest stays whatever its size: somebody is about to read it.

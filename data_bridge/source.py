@@ -14,11 +14,12 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bson import decode_all, json_util
+from bson import Timestamp, decode_all, json_util
 
+from . import journal
 from .change import Change
 from .driver import AWAIT_MS, CODEC, Cursor, Driver, Reply
-from .errors import Fault, ResumeHistoryLost, fault, translated
+from .errors import Fault, InvalidPipeline, ResumeHistoryLost, fault, translated
 from .token import ResumeToken
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "Entry", "Scope", "Source"]
 
 D = TypeVar("D", bound="Document")
-_log = logging.getLogger("data_bridge")
 
 # A reply of 16 MB decoded in one call would hold the event loop for a tenth of a second.
 _DECODE_BYTES = 256 * 1024
@@ -38,6 +38,8 @@ _BACKOFF = (0.05, 5.0)
 # What a decoded change takes in memory, from its size in BSON: the objects that Python makes of it.
 _OVERHEAD = 1024
 _EXPANSION = 3
+# A reply has at most 16 MB, and one that has less left nothing out unless it was this close.
+_FULL_BYTES = 8 * 1024 * 1024
 _length = struct.Struct("<i").unpack_from
 
 
@@ -84,7 +86,12 @@ class Entry:
     def __init__(self, raw: dict[str, Any], size: int) -> None:
         self.raw = raw
         self.token: str = raw["_id"]["_data"]
-        self.operation: str = raw["operationType"]
+        try:
+            self.operation: str = raw["operationType"]
+        except KeyError as error:
+            raise InvalidPipeline(
+                "a pipeline may not remove operationType from the events (nor _id)"
+            ) from error
         self.cost = _OVERHEAD + _EXPANSION * size
         self.change: Any = None
         self.frames: dict[Any, bytes] | None = None
@@ -129,12 +136,17 @@ class Source:
         self.scope = scope
         self.position = start
         self.reopened = 0
+        self.exhausted = False  # whether the last reply held all that there was
+        self.cluster_time: Timestamp | None = None  # of the server, at its last reply
+        self.heard = time.monotonic()  # when that was
         self._driver = driver
         self._batch_size = batch_size
         self._timeout = timeout
         self._cursor: Cursor | None = None
         self._failures = 0
+        self._interrupted: float | None = None  # since when
         self._given = start is not None  # by a client: the server has not accepted it yet
+        self._name = f"{driver.name}.{scope}"
 
     async def read(self, append: Callable[[Batch], None]) -> None:
         """Hand over the next reply, a large one in several batches so that others get a turn.
@@ -166,13 +178,18 @@ class Source:
         self._failures = 0
 
     async def _hand_over(self, reply: Reply, append: Callable[[Batch], None]) -> None:
+        count = 0
+        self.heard, self.cluster_time = time.monotonic(), reply.cluster_time or self.cluster_time
         async for entries in _decoded(reply.documents):
             # The position moves with what was handed over, never ahead of it.
             self.position = ResumeToken.of(entries[-1].raw["_id"])
             append(Batch(self.position, entries))
+            count += len(entries)
         if self.position is None or reply.position > self.position:
             self.position = reply.position
             append(Batch(self.position))
+        # A reply that is full, in number or in bytes, may have left something for the next.
+        self.exhausted = count < self._batch_size and len(reply.documents) < _FULL_BYTES
 
     async def _opened(self) -> Batch:
         start = self.position
@@ -185,6 +202,10 @@ class Source:
         # A cursor that starts in the past reports the present before it has read anything.
         self.position = position if start is None else start
         self._given = False
+        self.heard, self.exhausted = time.monotonic(), False
+        if self._interrupted is not None:
+            after, self._interrupted = f"{time.monotonic() - self._interrupted:.2f} s", None
+            journal.log(logging.INFO, self._name, "reopened", self.position, after=after)
         return Batch(self.position)
 
     async def _failed(self, error: Exception, opening: bool) -> None:
@@ -195,25 +216,26 @@ class Source:
             self._failures += 1
             await self._pause(f"{type(error).__name__}")
             return
-        doing = f"watch {self._driver.name}.{self.scope}"
+        doing = f"watch {self._name}"
         ours = translated(error, doing, token=opening and self._given)
         if isinstance(ours, ResumeHistoryLost):
             # A token that is dead stays dead: forget it before anything else can try it.
             self.position, self._given = None, False
+            if self._failures:  # nothing could be read since the last loss
+                await asyncio.sleep(self._delay())
+            self._failures += 1
         raise ours from error
 
-    async def _pause(self, reason: str) -> None:
+    def _delay(self) -> float:
         low, high = _BACKOFF
-        delay = min(high, low * 2 ** min(self._failures, 10)) * random.uniform(0.5, 1)
-        _log.warning(
-            "change stream on %s.%s interrupted (%s); reopening in %.2f s",
-            self._driver.name,
-            self.scope,
-            reason,
-            delay,
-        )
-        self.reopened += 1
-        await asyncio.sleep(delay)
+        return float(min(high, low * 2 ** min(self._failures, 10)) * random.uniform(0.5, 1))
+
+    async def _pause(self, reason: str) -> None:
+        if self._interrupted is None:  # one line for an outage, however long it takes
+            self._interrupted = time.monotonic()
+            self.reopened += 1
+            journal.log(logging.WARNING, self._name, "interrupted", self.position, reason=reason)
+        await asyncio.sleep(self._delay())
 
     async def _drop(self) -> None:
         cursor, self._cursor = self._cursor, None

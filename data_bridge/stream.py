@@ -6,6 +6,7 @@ that cancelling a wait loses nothing, falling behind costs nothing and leaving n
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -91,6 +92,7 @@ class ChangeStream(Generic[D]):
         self._seq = 0
         self._token = position  # the last thing read, or where to start
         self._skip = ""  # what a worker that was ahead has delivered already
+        self._news: asyncio.Future[None] | None = None
         self._closed = False
 
     # -- for everybody --
@@ -104,7 +106,11 @@ class ChangeStream(Generic[D]):
         return token
 
     async def __aenter__(self) -> Self:
-        await self.open()
+        try:
+            await self.open()
+        except BaseException:
+            await self.aclose()
+            raise
         return self
 
     async def __aexit__(
@@ -122,23 +128,29 @@ class ChangeStream(Generic[D]):
         while True:
             log = self._log
             if log is not None and 0 <= (index := self._seq - log.base) < len(log.entries):
+                if self._skip and self._skipped(log):
+                    continue
                 entry = log.entries[index]
                 self._seq += 1
                 self._token = entry.position
-                if entry.token <= self._skip:
-                    continue
                 if entry.operation == RESET:
                     raise _lost_meanwhile()
                 if self.wishes.wants(entry):
                     return entry.typed(self.model)
-            elif self._closed:
-                raise StopAsyncIteration
-            else:
+            elif log is None:
                 await self.wait()
+            else:
+                try:
+                    await self.wait()
+                except ResumeHistoryLost:
+                    self._token, self._log = None, None  # iterating on goes on from now
+                    raise
 
     async def aclose(self) -> None:
         """Leave the feed. Iterating ends; the position stays readable."""
         self._token = self.resume_token
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)  # somebody still waits
         self._leave()
 
     # -- for those who send many changes at once --
@@ -162,20 +174,19 @@ class ChangeStream(Generic[D]):
         log = self._log
         if log is None or not log.base <= self._seq < log.end:
             return b""
-        if self._skip:
-            return self._take_one(log, encoder)
+        if self._skip and self._skipped(log):
+            return b""
         self._seq, joined = log.join(encoder, self._seq)
         self._token = log.entries[self._seq - log.base - 1].position
         return joined
 
-    def _take_one(self, log: Log, encoder: Callable[[Entry], bytes]) -> bytes:
-        entry = log.entries[self._seq - log.base]
-        self._seq += 1
-        if entry.token <= self._skip:
-            return b""
-        self._skip = ""
-        self._token = entry.position
-        return encoder(entry)
+    def _skipped(self, log: Log) -> bool:
+        """Pass over what was delivered elsewhere; whether that was all there is."""
+        seq = log.seek(self._skip)
+        self._seq = self._seq if seq is None else max(self._seq, seq)
+        if self._seq < log.end:
+            self._skip = ""
+        return bool(self._skip)
 
     @property
     def pending(self) -> bool:
@@ -183,28 +194,34 @@ class ChangeStream(Generic[D]):
         return self._log is not None and self._log.base <= self._seq < self._log.end
 
     async def wait(self) -> None:
-        """Wait until something is pending, moving from log to log on the way."""
-        await self.open()
-        while True:
+        """Wait until something is pending, moving from log to log on the way.
+
+        Raises:
+            StopAsyncIteration: the stream was closed.
+        """
+        if not self._closed:
+            await self.open()
+        while not self._closed:
             log = self._log
             assert log is not None
             if self._seq < log.base:  # too slow for this log
-                await self._attach(self._token)
+                await self._attach(self._token, running=True)
             elif self._seq < log.end:
                 return
             elif log.finished:
-                await self._attach(self.resume_token)
+                await self._attach(self.resume_token, running=True)
             elif log.ended is not None:
                 if self._started_later(log):
-                    await self._attach(self._token)
+                    await self._attach(self._token, running=True)
                 else:
-                    raise log.ended
+                    raise log.ended.with_traceback(None)  # many raise the same one
             else:
-                future = log.wait()
+                self._news = future = log.wait()
                 try:
                     await future
                 finally:
                     log.forget(future)
+        raise StopAsyncIteration
 
     def _started_later(self, log: Log) -> bool:
         # A catch-up that began before this position may be lost where this position is not.
@@ -214,9 +231,12 @@ class ChangeStream(Generic[D]):
             and self._token.hex > log.floor
         )
 
-    async def _attach(self, position: ResumeToken | None) -> None:
+    async def _attach(self, position: ResumeToken | None, *, running: bool = False) -> None:
         assert self._feed is not None
-        log, seq = await self._feed.attach(position)
+        before = self._log
+        log, seq = await self._feed.attach(position, running=running)
+        if self._closed or self._log is not before:  # meanwhile, by another task
+            return
         self._log, self._seq = log, seq
         self._token = log.head if position is None else position
         self._skip = self._token.hex if self._token > log.head else ""
