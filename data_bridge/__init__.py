@@ -4,6 +4,7 @@ from .bridge import Bridge, connect, lifespan, watch
 from .change import Change, Operation, UpdateDescription
 from .document import Document, Model
 from .errors import DataBridgeError
+from .live import LiveEvent, LiveStream, merge
 from .log import Limits
 from .stream import ChangeStream
 from .token import ResumeToken
@@ -17,11 +18,14 @@ __all__ = [
     "DataBridgeError",
     "Document",
     "Limits",
+    "LiveEvent",
+    "LiveStream",
     "Model",
     "Operation",
     "ResumeToken",
     "UpdateDescription",
     "connect",
     "lifespan",
+    "merge",
     "watch",
 ]

@@ -7,23 +7,34 @@ import logging
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from .catch_up import Slots
 from .change import Operation
-from .document import Document, collection_name, ensure_indexes, settings_of
+from .document import (
+    Document,
+    collection_name,
+    encoded_filter,
+    ensure_images,
+    ensure_indexes,
+    settings_of,
+)
 from .driver import Driver, open_driver
 from .errors import BridgeClosed, InvalidPipeline, NotBound, TooManyCursors
 from .feed import Feed
 from .filter import Filter
+from .live import LiveStream, Part
 from .log import Limits
+from .question import projection_of, question_of
 from .source import Scope, canonical
 from .stream import ChangeStream, Wishes
 from .token import ResumeToken
 
 if TYPE_CHECKING:
     from bson import Timestamp
+    from pydantic import BaseModel
 
 __all__ = ["Bridge", "bridge_of", "connect", "lifespan", "watch"]
 
@@ -75,6 +86,8 @@ class Bridge:
         try:
             await self.driver.check(self.limits.timeout)
             for model in _declared(Document) if self.documents is None else self.documents:
+                if settings_of(model).pre_images and self.driver.can_watch:
+                    await ensure_images(model, self.driver.database)
                 await ensure_indexes(model, self.driver.collection(collection_name(model)))
         except BaseException:
             await self.driver.close()
@@ -131,13 +144,69 @@ class Bridge:
         )
         position = None if resume_after is None else ResumeToken.parse(resume_after)
         return ChangeStream(
-            lambda: self._feed(scope),
+            lambda: self.feed(scope),
             model,
             position,
-            Wishes(_operations(operations), None if filter is None else Filter(filter)),
+            Wishes(
+                _operations(operations),
+                None if filter is None else Filter(encoded_filter(model, filter)),
+            ),
         )
 
-    def _feed(self, scope: Scope) -> Feed:
+    def live(
+        self,
+        model: type[D],
+        filter: Mapping[str, Any] | None = None,
+        *,
+        sort: Any = None,
+        limit: int | None = None,
+        view: type[BaseModel] | None = None,
+    ) -> LiveStream[Any]:
+        """A live query of a model; ``Document.live()`` says what the arguments are."""
+        question = question_of(model, filter, sort, limit, view, self.limits.window)
+        stages = [] if question.fields is None else [projection_of(question)]
+        return LiveStream(
+            self,
+            self._live_scope(question.collection, question.images, stages),
+            (Part(question, view or model),),
+        )
+
+    def merged(self, parts: tuple[Part, ...]) -> LiveStream[Any]:
+        """Several live queries as one stream; ``merge()`` says more."""
+        images = all(part.question.images for part in parts)
+        if not images:
+            questions = [replace(part.question, images=False) for part in parts]
+            parts = tuple(replace(p, question=q) for p, q in zip(parts, questions, strict=True))
+        names = sorted(part.question.collection for part in parts)
+        stages = [
+            {
+                "$match": {
+                    "$or": [
+                        {"ns.coll": {"$in": names}},
+                        {"to.coll": {"$in": names}},
+                        {"operationType": {"$in": ["dropDatabase", "invalidate"]}},
+                    ]
+                }
+            }
+        ]
+        return LiveStream(self, self._live_scope(None, images, stages), parts)
+
+    @staticmethod
+    def _live_scope(collection: str | None, images: bool, stages: list[Any]) -> Scope:
+        return Scope(
+            collection=collection,
+            full_document="whenAvailable" if images else "updateLookup",
+            full_document_before_change="whenAvailable" if images else None,
+            pipeline=canonical(stages),
+        )
+
+    def feed(self, scope: Scope) -> Feed:
+        """The feed of a scope, opened if it is not.
+
+        Raises:
+            BridgeClosed: the bridge is.
+            TooManyCursors: the scope needs a cursor of its own, and there are too many.
+        """
         if self._loop is None:
             raise BridgeClosed("this bridge is closed; watch() needs an open one")
         feed = self._feeds.get(scope)
@@ -145,9 +214,9 @@ class Bridge:
             own = sum(1 for s in self._feeds if s.pipeline != "[]")
             if scope.pipeline != "[]" and own >= self.limits.cursors:
                 raise TooManyCursors(
-                    f"{own} different pipelines are watched already, and each has a server cursor "
-                    "of its own. Use filter= or operations=, which share one, or raise "
-                    "Limits.cursors."
+                    f"{own} different pipelines or views are watched already, and each has a "
+                    "server cursor of its own. Use filter= or operations=, which share one, or "
+                    "raise Limits.cursors."
                 )
             feed = Feed(self.driver, scope, self.limits, self._slots, self._closed)
             self._feeds[scope] = feed

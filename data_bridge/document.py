@@ -18,7 +18,7 @@ from collections.abc import (
 )
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, Unpack, cast, overload
 
 from bson import ObjectId, Timestamp
 from bson.errors import BSONError
@@ -35,7 +35,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from pydantic_core import core_schema as cs
 from pymongo import IndexModel, ReturnDocument
-from pymongo.errors import PyMongoError
+from pymongo.errors import OperationFailure, PyMongoError
 from typing_extensions import Format, get_annotations
 
 from .bson_types import Unstorable, adapted, any_schema, encoded
@@ -49,6 +49,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .live import LiveStream
     from .stream import ChangeStream
     from .token import ResumeToken
 
@@ -58,14 +59,19 @@ __all__ = [
     "Model",
     "ModelSettings",
     "collection_name",
+    "encoded_filter",
+    "ensure_images",
     "ensure_indexes",
+    "from_document",
     "settings_of",
+    "sort_keys",
     "to_bson",
     "to_json",
     "to_jsonable",
 ]
 
 D = TypeVar("D", bound="Document")
+M = TypeVar("M", bound=BaseModel)
 Filter = Mapping[str, Any]
 Sort = str | Sequence[tuple[str, Any]] | Mapping[str, Any]
 
@@ -146,6 +152,25 @@ def to_jsonable(model: BaseModel) -> dict[str, Any]:
         "dict[str, Any]",
         model.__pydantic_serializer__.to_python(model, mode="json", by_alias=True),
     )
+
+
+def from_document(model: type[M], document: Mapping[str, Any]) -> M:
+    """The instance of a model, or of a view of it, for a document as the driver returns it.
+
+    Raises:
+        DocumentInvalid: it does not fit.
+    """
+    if issubclass(model, Document):
+        return model.from_bson(document)
+    if "_id" in document:
+        document = {"id": document["_id"], **document}
+    try:
+        found: M = model.__pydantic_validator__.validate_python(
+            document, by_alias=True, by_name=True
+        )
+    except ValidationError as error:
+        raise _misfit(model, document, error) from error
+    return found
 
 
 # -- settings -----------------------------------------------------------------------------------
@@ -270,6 +295,29 @@ async def ensure_indexes(model: type[Document], collection: Any) -> None:
             await collection.create_indexes([index])
 
 
+async def ensure_images(model: type[Document], database: Any) -> None:
+    """Have the collection of ``model`` keep images of its documents before and after each change.
+
+    https://www.mongodb.com/docs/manual/changeStreams/#change-streams-with-document-pre--and-post-images
+
+    Raises:
+        OperationFailed: the server does not allow it; it needs MongoDB 6.0.
+    """
+    with _translating(f"have {model.__name__} keep images of its changes"):
+        await keep_images(database, collection_name(model))
+
+
+async def keep_images(database: Any, collection: str) -> None:
+    """``ensure_images`` for a collection; the driver's errors pass through."""
+    images = {"changeStreamPreAndPostImages": {"enabled": True}}
+    try:
+        await database.command({"create": collection, **images})
+    except OperationFailure as error:
+        if error.code != 48:  # NamespaceExists
+            raise
+        await database.command({"collMod": collection, **images})
+
+
 # -- what goes wrong ----------------------------------------------------------------------------
 
 
@@ -294,7 +342,7 @@ def _named(model: type[BaseModel], document_id: Any) -> str:
     return model.__name__ if document_id is None else f"{model.__name__} {document_id}"
 
 
-def _misfit(model: type[Document], document: Any, error: ValidationError) -> DocumentInvalid:
+def _misfit(model: type[BaseModel], document: Any, error: ValidationError) -> DocumentInvalid:
     document_id = document.get("_id") if isinstance(document, Mapping) else None
     # The first step of a location is a field's name; further ones may be keys, which are data.
     fields = {
@@ -316,7 +364,8 @@ def _missing(document: Document, doing: str) -> DocumentNotFound:
     )
 
 
-def _filter(model: type[Document], filter: Filter | None) -> Any:
+def encoded_filter(model: type[Document], filter: Filter | None) -> Any:
+    """A filter with the values that a model holds as BSON has them."""
     if filter is None:
         return {}
     if not isinstance(filter, Mapping):
@@ -351,7 +400,7 @@ def _update(model: type[Document], update: Any) -> Any:
         ) from error
 
 
-def _sort(model: type[Document], sort: Sort | None) -> list[tuple[str, Any]] | None:
+def sort_keys(model: type[Document], sort: Sort | None) -> list[tuple[str, Any]] | None:
     """Sort keys as the drivers take them, from a name, ``-name``, pairs or a mapping."""
     if sort is None:
         return None
@@ -714,7 +763,7 @@ class Document(Model):
         cls, filter: Filter | None = None, *, sort: Sort | None = None, session: Any = None
     ) -> Self | None:
         """The first document that ``filter`` matches, or ``None``; arguments as of ``find``."""
-        query, keys = _filter(cls, filter), _sort(cls, sort)
+        query, keys = encoded_filter(cls, filter), sort_keys(cls, sort)
         with _translating(f"find {_a(cls)}"):
             found = await _collection(cls).find_one(
                 query, **({"sort": keys} if keys else {}), **_with_session(session)
@@ -747,7 +796,7 @@ class Document(Model):
         """
         if skip < 0 or limit < 0:
             raise InvalidFilter(f"skip and limit of {cls.__name__}.find() cannot be negative.")
-        return Find(cls, _filter(cls, filter), _sort(cls, sort), skip, limit, session)
+        return Find(cls, encoded_filter(cls, filter), sort_keys(cls, sort), skip, limit, session)
 
     @classmethod
     async def count(cls, filter: Filter | None = None, *, session: Any = None) -> int:
@@ -758,7 +807,7 @@ class Document(Model):
         Raises:
             InvalidFilter: ``filter`` is no dict, or holds what BSON cannot.
         """
-        query = _filter(cls, filter)
+        query = encoded_filter(cls, filter)
         with _translating(f"count documents of {cls.__name__}"):
             return int(await _collection(cls).count_documents(query, **_with_session(session)))
 
@@ -805,6 +854,56 @@ class Document(Model):
             full_document_before_change=full_document_before_change,
             show_expanded_events=show_expanded_events,
         )
+
+    @overload
+    @classmethod
+    def live(
+        cls,
+        filter: Filter | None = None,
+        *,
+        sort: Sort | None = None,
+        limit: int | None = None,
+    ) -> LiveStream[Self]: ...
+
+    @overload
+    @classmethod
+    def live(
+        cls,
+        filter: Filter | None = None,
+        *,
+        sort: Sort | None = None,
+        limit: int | None = None,
+        view: type[M],
+    ) -> LiveStream[M]: ...
+
+    @classmethod
+    def live(
+        cls,
+        filter: Filter | None = None,
+        *,
+        sort: Sort | None = None,
+        limit: int | None = None,
+        view: type[BaseModel] | None = None,
+    ) -> LiveStream[Any]:
+        """What matches now, and every change after: ``async for``, or ``EventSourceResponse``.
+
+        Args:
+            filter: a MongoDB query on stored names; only documents that match are ever seen.
+            sort: the order of the documents; with ``limit``, of a window that follows it.
+            limit: how many of them at most, at any moment; needs ``sort``.
+            view: a pydantic model to show them as. Fields that it does not have stay in the
+                database, unless the filter needs them.
+
+        https://www.mongodb.com/docs/manual/reference/read-concern-snapshot/
+
+        Raises:
+            NotBound: no bridge is open for this model in the running event loop.
+            InvalidFilter: the filter, the sort or the limit is none.
+            ModelInvalid: the view has a field that the model does not have.
+        """
+        from .bridge import bridge_of  # which imports this module
+
+        return bridge_of(cls).live(cls, filter, sort=sort, limit=limit, view=view)
 
 
 class Find(Generic[D]):
@@ -909,4 +1008,4 @@ def _become(document: D, fresh: D) -> D:
 def _required_filter(model: type[Document], filter: Any) -> Any:
     if filter is None:
         raise InvalidFilter(f"a filter for {model.__name__} is needed here; {{}} matches all.")
-    return _filter(model, filter)
+    return encoded_filter(model, filter)

@@ -111,6 +111,32 @@ class Driver:
                 )
         return reply
 
+    async def find_by_ids(
+        self,
+        collection: str,
+        ids: Sequence[Any],
+        *,
+        filter: Mapping[str, Any] | None = None,
+        projection: Mapping[str, Any] | None = None,
+        timeout: float,
+    ) -> list[dict[str, Any]]:
+        """The documents with these ids that a filter matches, as the majority has them now."""
+        query: dict[str, Any] = {"_id": {"$in": list(ids)}}
+        if filter:
+            query = {"$and": [query, dict(filter)]}
+        command: dict[str, Any] = {"find": collection, "filter": query}
+        if projection:
+            command["projection"] = dict(projection)
+        command |= {"readConcern": {"level": "majority"}, "batchSize": len(ids) + 1}
+        async with self.session() as session:
+            reply = await self.command(command, timeout=timeout, session=session)
+            found: list[dict[str, Any]] = reply["cursor"]["firstBatch"]
+            while reply["cursor"]["id"]:  # more than 16 MB
+                command = {"getMore": reply["cursor"]["id"], "collection": collection}
+                reply = await self.command(command, timeout=timeout, session=session)
+                found += reply["cursor"]["nextBatch"]
+        return found
+
     @asynccontextmanager
     async def session(self) -> AsyncIterator[Any]:
         """A session, in which several commands read from one moment."""

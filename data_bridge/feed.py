@@ -14,8 +14,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from pymongo.errors import PyMongoError
+
 from . import journal
 from .catch_up import CatchUps, Slots
+from .document import keep_images
 from .errors import (
     BridgeClosed,
     DataBridgeError,
@@ -25,12 +28,13 @@ from .errors import (
     translated,
 )
 from .log import Limits, Log, reset_entry
+from .lookup import Lookups
+from .router import Router
 from .source import Batch, Entry, Scope, Source
 from .token import ResumeToken
 
 if TYPE_CHECKING:
     from .driver import Driver
-    from .router import Router
 
 __all__ = ["Feed"]
 
@@ -55,7 +59,7 @@ class Feed:
         self.resets = 0
         self.router: Router | None = None  # for live queries, told of everything appended
         self._driver = driver
-        self._limits = limits
+        self.limits = limits
         self._closed = closed
         self._loop = asyncio.get_running_loop()
         self._source = Source(driver, scope, timeout=limits.timeout)
@@ -83,7 +87,7 @@ class Feed:
     def _left(self) -> None:
         self.subscribers -= 1
         if not self.subscribers and self._linger is None:
-            self._linger = self._loop.call_later(self._limits.linger, self._end)
+            self._linger = self._loop.call_later(self.limits.linger, self._end)
 
     async def attach(
         self, position: ResumeToken | None, *, running: bool = False
@@ -99,35 +103,49 @@ class Feed:
             InvalidResumeToken: the server does not know it, or it lies in the future.
             ServerUnreachable: the feed could not be opened in time.
         """
-        log = await self._opened()
+        log = await self.ready()
         if position is None:
             return log, log.end
-        if position > log.head and not running:
-            await self._refuse_the_future(position)
+        if not running:
+            await self.check(position)
         seq = log.seek(position.hex)
         if seq is not None:
             return log, seq
         return await self._catch_ups.attach(position, patient=running)
 
-    async def _opened(self) -> Log:
+    async def ready(self) -> Log:
+        """Wait until the cursor is open.
+
+        Raises:
+            ServerUnreachable: it could not be opened in time.
+            DataBridgeError: it never will be.
+        """
         if self.log is None:
             try:
-                async with asyncio.timeout(self._limits.timeout):
+                async with asyncio.timeout(self.limits.timeout):
                     await asyncio.shield(self._ready)
             except TimeoutError as error:
                 raise ServerUnreachable(
                     f"cannot watch {self._driver.name}.{self.scope}: no MongoDB server answered "
-                    f"within {self._limits.timeout:g} s. Check that the replica set has a primary."
+                    f"within {self.limits.timeout:g} s. Check that the replica set has a primary."
                 ) from error
         assert self.log is not None
         if self.log.ended is not None:
             raise self.log.ended.with_traceback(None)  # many raise the same one
         return self.log
 
-    async def _refuse_the_future(self, position: ResumeToken) -> None:
+    async def check(self, position: ResumeToken) -> None:
+        """Refuse a position that lies in the future, where nothing would ever follow it.
+
+        Raises:
+            InvalidResumeToken: it does.
+        """
+        assert self.log is not None
+        if position <= self.log.head:
+            return
         # Another worker may be ahead of this one by a moment; nothing is ahead of the cluster.
         try:
-            reply = await self._driver.command({"ping": 1}, timeout=self._limits.timeout)
+            reply = await self._driver.command({"ping": 1}, timeout=self.limits.timeout)
         except Exception as error:
             raise translated(error, f"watch {self._driver.name}.{self.scope}") from error
         now = reply.get("$clusterTime", {}).get("clusterTime")
@@ -136,6 +154,25 @@ class Feed:
             raise InvalidResumeToken(
                 "this resume position lies in the future of the cluster; it is from another "
                 "deployment, or made up. Connect without it to start from now."
+            )
+
+    def live(self) -> Router:
+        """What hands the changes to live queries. Only once the feed is ready."""
+        if self.router is None:
+            self.router = Router(self)
+            if self.scope.full_document == "updateLookup":
+                self._source.lookups = Lookups(self._driver, self.limits.timeout)
+                self._catch_ups.exact = True
+        return self.router
+
+    async def keep_images(self, collection: str) -> None:
+        """Have a collection keep the images that live queries rely on."""
+        try:
+            await keep_images(self._driver.database, collection)
+        except (PyMongoError, TimeoutError, OSError) as error:
+            # Those who see it reset will ask for it again.
+            logging.getLogger("data_bridge").warning(
+                "cannot have %s keep images: %r", collection, error
             )
 
     # -- the server --
@@ -159,7 +196,7 @@ class Feed:
 
     def _append(self, batch: Batch) -> None:
         if self.log is None:
-            self.log = Log(batch.head, self._limits)
+            self.log = Log(batch.head, self.limits)
             self._ready.set_result(None)
             self._lost = None
             self._journal(logging.INFO, "opened")
@@ -172,9 +209,10 @@ class Feed:
 
     def _add(self, entries: list[Entry], head: ResumeToken) -> None:
         assert self.log is not None
+        before = self.log.head
         self.log.append(entries, head)
         if entries and self.router is not None:
-            self.router.route(entries)
+            self.router.route(entries, before)
 
     def _floor(self) -> str:
         assert self.log is not None

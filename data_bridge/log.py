@@ -36,7 +36,11 @@ class Limits:
         log_bytes: memory that these may take, in bytes.
         cursors: server cursors for feeds with a pipeline or options of their own.
         catch_ups: catch-up cursors open at once, for all feeds together.
-        linger: seconds that a feed stays open after its last subscriber left.
+        linger: seconds that a feed, or a live query, stays open after its last subscriber left.
+        snapshot_documents: documents that a live query may match when it is opened.
+        snapshot_age: seconds for which one snapshot serves all who open the same live query.
+        members: documents of which a live query keeps account, where there are no images.
+        window: documents that a live query with a limit may show.
         timeout: seconds that opening a cursor or attaching to a feed may take.
     """
 
@@ -45,6 +49,10 @@ class Limits:
     cursors: int = 20
     catch_ups: int = 4
     linger: float = 5.0
+    snapshot_documents: int = 10_000
+    snapshot_age: float = 5.0
+    members: int = 100_000
+    window: int = 1000
     timeout: float = 5.0
 
 
@@ -54,9 +62,12 @@ class Log:
     def __init__(self, start: ResumeToken, limits: Limits) -> None:
         self.entries: list[Entry] = []
         self.base = 0  # the sequence number of entries[0]
-        self.floor = start.hex  # every change after this token and up to head is in entries
-        self.head = start
+        # Every change after this token and up to head is in entries. The server's mark before all
+        # of one time is as good as the time alone, which is shorter and so comes before it.
+        self.floor = start.hex[:18] if start.is_high_water else start.hex
+        self.exact = False  # no change shows an older document than one before it
         self.bytes = 0
+        self._head = start
         self.ended: DataBridgeError | None = None
         self.finished = False
         self._limits = limits
@@ -67,13 +78,18 @@ class Log:
         self._trimming = False
 
     @property
+    def head(self) -> ResumeToken:
+        """The position up to which every change is known."""
+        return self._head
+
+    @property
     def end(self) -> int:
         """The sequence number that the next change will get."""
         return self.base + len(self.entries)
 
     def append(self, entries: list[Entry], head: ResumeToken) -> None:
         """Add what came after the head. A head that only moves wakes nobody."""
-        self.head = head
+        self._head = head
         if not entries:
             return
         self.entries += entries
@@ -127,9 +143,10 @@ class Log:
                 break
         return seq + len(frames), b"".join(frames)
 
-    def wait(self) -> asyncio.Future[None]:
+    def wait(self, future: asyncio.Future[None] | None = None) -> asyncio.Future[None]:
         """A future for the next append, finish or end; give it back with ``forget``."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if future is None:
+            future = asyncio.get_running_loop().create_future()
         self._waiting.add(future)
         self.wanted.set()
         return future
@@ -137,6 +154,15 @@ class Log:
     def forget(self, future: asyncio.Future[None]) -> None:
         """The future of a wait is not needed any more."""
         self._waiting.discard(future)
+
+    def forget_until(self, token: str) -> None:
+        """Drop what is known up to a token."""
+        dropped = bisect_right(self.entries, token, key=_token)
+        if dropped:
+            self.bytes -= sum(e.cost for e in self.entries[:dropped])
+            del self.entries[:dropped]
+            self.base += dropped
+        self.floor = max(self.floor, token)
 
     def finish(self) -> None:
         """Nothing more will be added here: attach to the feed again, after the head."""

@@ -20,6 +20,7 @@ from . import journal
 from .change import Change
 from .driver import AWAIT_MS, CODEC, Cursor, Driver, Reply
 from .errors import Fault, InvalidPipeline, ResumeHistoryLost, fault, translated
+from .lookup import Lookups
 from .token import ResumeToken
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def canonical(pipeline: list[Mapping[str, Any]]) -> str:
 class Entry:
     """One change in a log: decoded once, and the frames made of it so far."""
 
-    __slots__ = ("change", "cost", "frames", "operation", "raw", "token")
+    __slots__ = ("after", "change", "cost", "frames", "operation", "raw", "token")
 
     def __init__(self, raw: dict[str, Any], size: int) -> None:
         self.raw = raw
@@ -92,6 +93,8 @@ class Entry:
             raise InvalidPipeline(
                 "a pipeline may not remove operationType from the events (nor _id)"
             ) from error
+        # The document for live queries: in doubt, a later state than that of the change.
+        self.after: dict[str, Any] | None = raw.get("fullDocument")
         self.cost = _OVERHEAD + _EXPANSION * size
         self.change: Any = None
         self.frames: dict[Any, bytes] | None = None
@@ -136,6 +139,7 @@ class Source:
         self.scope = scope
         self.position = start
         self.reopened = 0
+        self.lookups: Lookups | None = None  # set while there are live queries without images
         self.exhausted = False  # whether the last reply held all that there was
         self.cluster_time: Timestamp | None = None  # of the server, at its last reply
         self.heard = time.monotonic()  # when that was
@@ -181,15 +185,19 @@ class Source:
         count = 0
         self.heard, self.cluster_time = time.monotonic(), reply.cluster_time or self.cluster_time
         async for entries in _decoded(reply.documents):
+            count += len(entries)
+            if self.lookups is not None:
+                await self.lookups.settle(entries)
             # The position moves with what was handed over, never ahead of it.
             self.position = ResumeToken.of(entries[-1].raw["_id"])
             append(Batch(self.position, entries))
-            count += len(entries)
         if self.position is None or reply.position > self.position:
             self.position = reply.position
             append(Batch(self.position))
         # A reply that is full, in number or in bytes, may have left something for the next.
         self.exhausted = count < self._batch_size and len(reply.documents) < _FULL_BYTES
+        if self.exhausted and self.lookups is not None:
+            self.lookups.exhausted()
 
     async def _opened(self) -> Batch:
         start = self.position

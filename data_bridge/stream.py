@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["ChangeStream", "Wishes"]
 
 D = TypeVar("D", bound="Document")
+_SOME = 500  # changes that are looked at before others get a turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,7 @@ class ChangeStream(Generic[D]):
         self._token = self.resume_token
         if self._news is not None and not self._news.done():
             self._news.set_result(None)  # somebody still waits
-        self._leave()
+        self.leave()
 
     # -- for those who send many changes at once --
 
@@ -187,6 +188,22 @@ class ChangeStream(Generic[D]):
         if self._seq < log.end:
             self._skip = ""
         return bool(self._skip)
+
+    def take_entries(self) -> list[Entry]:
+        """Some of what is pending, wanted or not, and the mark where history was lost."""
+        log = self._log
+        if log is None or not log.base <= self._seq < log.end:
+            return []
+        at = self._seq - log.base
+        entries = log.entries[at : at + _SOME]
+        self._seq += len(entries)
+        self._token = entries[-1].position
+        return [entry for entry in entries if entry.token > self._skip]
+
+    @property
+    def in_feed(self) -> bool:
+        """Whether it reads from the feed's own log, and not from one that catches up."""
+        return self._feed is not None and self._log is self._feed.log
 
     @property
     def pending(self) -> bool:
@@ -246,7 +263,8 @@ class ChangeStream(Generic[D]):
         self._token, self._log = None, None
         await self.open()
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """Leave the feed, from wherever."""
         if not self._closed:
             self._closed = True
             self._log = None
@@ -256,7 +274,7 @@ class ChangeStream(Generic[D]):
     def __del__(self) -> None:
         # `async for change in Order.watch()` never closes what it iterates.
         if not getattr(self, "_closed", True):
-            self._leave()
+            self.leave()
 
     def __repr__(self) -> str:
         return f"<ChangeStream {self.model.__name__} at {self.resume_token}>"

@@ -22,9 +22,12 @@ from starlette.types import Receive, Scope, Send
 
 from .. import errors
 from ..bson_types import json_ready
+from .live import Authorize, live_endpoint
 from .params import Binding, RequestInvalid, limited, qualified_name
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from ..bridge import Bridge
     from ..document import Document
 
@@ -149,6 +152,46 @@ class App(Starlette):
     ) -> Callable[[Handler], Handler]:
         """Declare a handler for DELETE requests; see `get`."""
         return self._declare("DELETE", path, status_code, name)
+
+    def live(
+        self,
+        path: str,
+        model: type[Document],
+        *,
+        filter: Any = None,
+        sort: Any = None,
+        limit: int | None = None,
+        view: type[BaseModel] | None = None,
+        authorize: Authorize | None = None,
+        owner: Callable[[Request], Any] | None = None,
+        name: str | None = None,
+        **options: Any,
+    ) -> None:
+        """Serve a live query of a model at a path: what matches now, and every change after.
+
+        Args:
+            filter: a MongoDB filter; or a function of the request, plain or async, that gives one
+                or refuses with an HTTPException (401, 403) or a PermissionError. One that gives
+                ``None`` refuses too: everything is ``{}``.
+            sort, limit, view: as of ``Document.live``.
+            authorize: a function of a ``LiveEvent`` and the request, plain or async, that says
+                whether this client may see it. It costs what everybody shares otherwise.
+            owner: a function of the request that says whose stream it is, for
+                ``close_streams(owner=…)``.
+            name: for ``url_for``.
+            options: as of ``EventSourceResponse``.
+        """
+        endpoint = live_endpoint(
+            model,
+            filter=filter,
+            sort=sort,
+            limit=limit,
+            view=view,
+            authorize=authorize,
+            owner=owner,
+            **options,
+        )
+        self.add_route(path, endpoint, methods=["GET"], name=name or path.strip("/"))
 
     def _declare(
         self, method: str, path: str, status_code: int, name: str | None

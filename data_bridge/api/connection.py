@@ -14,7 +14,13 @@ from urllib.parse import parse_qs
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from ..errors import BridgeClosed, InvalidResumeToken, ResumeHistoryLost, ServerUnreachable
+from ..errors import (
+    BridgeClosed,
+    InvalidResumeToken,
+    ResumeHistoryLost,
+    ServerUnreachable,
+    TooManyCursors,
+)
 from ..token import ResumeToken
 from .shutdown import track, untrack
 
@@ -30,7 +36,11 @@ _KEEP_ALIVE = b":\n"
 # How long a client may take for the end of its response, in seconds.
 _LAST_SEND = 1.0
 
-_WAITING, _SENDING = 0, 1
+# Responses that cannot have a body: https://www.rfc-editor.org/rfc/rfc9110#section-6.4.1
+_NO_BODY = (204, 205, 304)
+
+# Only a wait for news may be interrupted for a keep-alive, and only a send can hang.
+_OPENING, _WAITING, _SENDING = 0, 1, 2
 
 
 class Frames(Protocol):
@@ -83,9 +93,9 @@ class Connection:
 
     __slots__ = (
         "_cancelled_before",
+        "_cancels",
         "_ending",
         "_loop",
-        "_nudged",
         "_position",
         "_quiet",
         "_receive",
@@ -124,15 +134,20 @@ class Connection:
         self._timer: asyncio.TimerHandle | None = None
         self._started = False
         self._ending: str | None = None
-        self._nudged = False
-        self._state = _WAITING
+        self._cancels = 0  # cancellations of the task that are ours
+        self._state = _OPENING
         self._sends = 0
         self._seen = 0  # sends at the last tick
         self._quiet = 0.0  # seconds without one, as far as the ticks have seen
         self._position: tuple[int, str] = (-1, "")  # the last id-only frame, and when it was sent
 
+    @property
+    def owner(self) -> Any:
+        """Whose stream it is."""
+        return self._response.owner
+
     async def run(self) -> None:
-        if self._scope["method"] == "HEAD":
+        if self._scope["method"] == "HEAD" or self._response.status_code in _NO_BODY:
             await self._start()
             await self._send({"type": "http.response.body", "body": b""})
             return
@@ -143,12 +158,18 @@ class Connection:
         except StopAsyncIteration:
             pass
         except asyncio.CancelledError:
-            if self._ending is None or self._task.uncancel() > self._cancelled_before:
+            if not self._only_ours() or self._ending is None:
                 # The server, or something in between, gives up on the request.
                 if self._started:
                     await self._finish()
                 raise
-        except (InvalidResumeToken, ResumeHistoryLost, ServerUnreachable, BridgeClosed) as error:
+        except (
+            InvalidResumeToken,
+            ResumeHistoryLost,
+            ServerUnreachable,
+            BridgeClosed,
+            TooManyCursors,
+        ) as error:
             await self._refuse(error)
             return
         if self._ending == "stalled":
@@ -172,10 +193,9 @@ class Connection:
         if response.own_ids and content.resume_token is not None:
             self._position = (1, str(content.resume_token))
         encoder = response.encoder
-        # Servers hold the headers back until there is a body.
         first += content.take(encoder)
         await self._start()
-        await self._send_body(first or _KEEP_ALIVE)
+        await self._send_body(first)  # also if empty: servers may hold the headers back until then
         while True:
             try:
                 if content.pending:
@@ -183,10 +203,11 @@ class Connection:
                 else:
                     await content.wait()
             except asyncio.CancelledError:
-                if not self._was_nudged():
+                if not self._only_ours() or self._ending is not None:
                     raise
                 await self._send_body(self._keep_alive())
             except ResumeHistoryLost:
+                self._state = _OPENING
                 await content.restart()
                 await self._send_body(response.reset(content))
             if chunk := content.take(encoder):
@@ -240,13 +261,14 @@ class Connection:
 
     async def _refuse(self, error: Exception) -> None:
         """End with what a client can act on; an EventSource gives up for good on 4xx and 5xx."""
+        self._ending = "refused"
         if isinstance(error, InvalidResumeToken) and not self._started:
             refusal = JSONResponse({"detail": str(error)}, 400)
             await refusal(self._scope, self._receive, self._send)
             return
         retry = 1000 if self._response.retry is None else self._response.retry
         last = b"retry: %d\n\n" % retry
-        if isinstance(error, ResumeHistoryLost):
+        if isinstance(error, ResumeHistoryLost | InvalidResumeToken):
             last += self._response.reset(None)
         else:
             _log.warning("a stream ends, and its client will come back: %s", error)
@@ -279,21 +301,29 @@ class Connection:
         if self._state == _SENDING:
             if self._quiet >= limit:
                 self.end("stalled")
-        elif response.keep_alive and self._quiet >= keep_alive / 2 and self._ending is None:
-            self._nudged = True
-            self._task.cancel()
+        elif (
+            self._state == _WAITING
+            and response.keep_alive
+            and self._quiet >= keep_alive / 2
+            and self._ending is None
+        ):
+            self._cancel()
 
-    def _was_nudged(self) -> bool:
-        """Whether a cancellation was the timer's, and nobody else's came with it."""
-        if not self._nudged or self._ending is not None:
-            return False
-        self._nudged = False
-        return self._task.uncancel() <= self._cancelled_before
+    def _cancel(self) -> None:
+        self._cancels += 1
+        self._task.cancel()
+
+    def _only_ours(self) -> bool:
+        """Take our own cancellations of the task back; whether nobody else's came with them."""
+        ours, self._cancels = self._cancels, 0
+        for _ in range(ours):
+            self._task.uncancel()
+        return self._task.cancelling() <= self._cancelled_before
 
     def _keep_alive(self) -> bytes:
         """A comment; or the position of a quiet stream that has come further than its client."""
         content = self.content
-        if not self._response.own_ids or content.pending or (token := content.resume_token) is None:
+        if not self._response.own_ids or (token := content.resume_token) is None:
             return _KEEP_ALIVE
         known, position = self._position, str(token)
         self._position = (self._sends + 1, position)
@@ -314,11 +344,13 @@ class Connection:
         """Make the request's task stop, whatever it waits for."""
         if self._ending is None:
             self._ending = reason
-            self._task.cancel()
+            self._cancel()
 
     async def close(self) -> None:
         """Leave nothing behind: no timer, no task, nothing of the content."""
         untrack(self)
+        if self._ending is None:
+            self._ending = "failed"
         if self._timer is not None:
             self._timer.cancel()
         watcher = self._watcher

@@ -31,7 +31,17 @@ class Produced:
     waiting goes out in one piece, and cancelling it never touches a send.
     """
 
-    __slots__ = ("_closing", "_frame", "_frames", "_items", "_news", "_room", "_size", "_task")
+    __slots__ = (
+        "_begun",
+        "_closing",
+        "_frame",
+        "_frames",
+        "_items",
+        "_news",
+        "_room",
+        "_size",
+        "_task",
+    )
 
     def __init__(self, items: AsyncIterator[Any], frame: Callable[[Any], bytes]) -> None:
         self._items = items
@@ -41,6 +51,7 @@ class Produced:
         self._task: asyncio.Task[None] | None = None
         self._news: asyncio.Future[None] | None = None  # the connection waits for frames
         self._room: asyncio.Future[None] | None = None  # the iterator waits for the connection
+        self._begun = False
         self._closing = False
 
     resumable = False
@@ -55,9 +66,15 @@ class Produced:
 
     async def open(self) -> None:
         self._task = asyncio.create_task(self._produce())
-        with suppress(TimeoutError, StopAsyncIteration):
-            async with asyncio.timeout(_GRACE):
+        grace = asyncio.timeout(_GRACE)
+        try:
+            async with grace:
                 await self.wait()
+        except StopAsyncIteration:
+            pass
+        except TimeoutError:
+            if not grace.expired():  # the iterator's own
+                raise
 
     def take(self, encoder: Any) -> bytes:
         frames = self._frames
@@ -85,10 +102,13 @@ class Produced:
                 self._news = None
 
     async def restart(self) -> None:
-        raise AssertionError("an iterator has no history to lose")
+        """An iterator that lost its history has ended with that."""
+        assert self._task is not None
+        self._task.result()
 
     async def _produce(self) -> None:
         items, frames, frame = self._items, self._frames, self._frame
+        self._begun = True
         try:
             async for item in items:
                 if self._closing:
@@ -145,6 +165,8 @@ class Produced:
         else:
             _log.error("a generator goes on after its stream has ended: %r", self._items)
             return
+        if not self._begun:  # cancelled before its first step
+            await _closed(self._items)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a generator failed while it cleaned up: %r", error, exc_info=error)
 

@@ -28,6 +28,9 @@ _AFTER_CALL = 1.0
 class Stream(Protocol):
     """Something that can be told to end."""
 
+    @property
+    def owner(self) -> Any: ...
+
     def end(self, reason: str) -> None: ...
 
 
@@ -45,6 +48,11 @@ class _Streams:
     def close(self) -> None:
         for stream in list(self.open):
             stream.end("shutdown")
+
+    def revoke(self, owner: object) -> None:
+        for stream in list(self.open):
+            if stream.owner == owner:
+                stream.end("revoked")
 
 
 # A plain dict, because a signal may interrupt any line of Python and only copying one is atomic.
@@ -81,14 +89,22 @@ def _register(loop: asyncio.AbstractEventLoop) -> _Streams:
     return streams
 
 
-def close_streams() -> None:
+def close_streams(*, owner: Any = None) -> None:
     """End every open stream of this process, each response properly finished.
+
+    With ``owner`` only those of one user, whose permissions have changed: a browser connects again,
+    and the handler decides anew. Every worker process has to be told.
 
     Signals do this by themselves. Call it, from any thread, before stopping a server that runs in
     a thread or is stopped by other means: uvicorn's ``should_exit`` waits for open connections.
     Streams that begin within the next second end at once, so that none slips in between.
     """
-    _close_all(_AFTER_CALL)
+    if owner is None:
+        _close_all(_AFTER_CALL)
+        return
+    for streams in list(_loops.values()):
+        with suppress(RuntimeError):
+            streams.loop.call_soon_threadsafe(streams.revoke, owner)
 
 
 def _close_all(closing: float) -> None:

@@ -13,10 +13,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..change import Change
+from ..live import LiveStream
 from ..stream import ChangeStream, Wishes
 from .connection import Connection, Frames
 from .encoder import ChangeEncoder, Made, Named, change_encoder, reset_frame
 from .event import ServerSentEvent, one_line
+from .live import Authorized, live_encoder
 from .produced import Produced
 
 __all__ = ["EventSourceResponse", "ServerSentEvent"]
@@ -26,9 +28,10 @@ class EventSourceResponse(Response):
     """Streams events to a client for as long as it stays.
 
     Args:
-        content: what to send: ``Order.watch()``, which resumes by itself after the
-            ``Last-Event-ID`` of the request, or an async iterator of ``ServerSentEvent`` or
-            ``Change``. When the client goes away an iterator is cancelled where it waits.
+        content: what to send: ``Order.watch()`` or ``Order.live()``, which resume by themselves
+            after the ``Last-Event-ID`` of the request, or an async iterator of
+            ``ServerSentEvent`` or ``Change``. When the client goes away an iterator is cancelled
+            where it waits.
         status_code: the status; anything but 200 closes a browser's EventSource for good.
         headers: more headers, or others than the automatic ones.
         background: a Starlette background task, run after the stream has ended.
@@ -43,13 +46,14 @@ class EventSourceResponse(Response):
         retry: milliseconds that clients wait before they reconnect.
         send_timeout: seconds that a client may leave a send waiting before it is cut off; it
             resumes when it reads again.
+        owner: whose stream it is, for ``close_streams(owner=…)``.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
         self,
-        content: ChangeStream[Any] | AsyncIterator[Any],
+        content: ChangeStream[Any] | LiveStream[Any] | AsyncIterator[Any],
         status_code: int = 200,
         headers: Mapping[str, str] | None = None,
         background: BackgroundTask | None = None,
@@ -61,6 +65,7 @@ class EventSourceResponse(Response):
         keep_alive: float | None = 15.0,
         retry: int | None = None,
         send_timeout: float = 30.0,
+        owner: Any = None,
     ) -> None:
         if not hasattr(content, "__aiter__"):
             raise TypeError(
@@ -86,6 +91,12 @@ class EventSourceResponse(Response):
         self.encoder: Any = None
         if isinstance(content, ChangeStream):
             self.encoder = change_encoder(content, event, data, id)
+        elif isinstance(content, LiveStream | Authorized):
+            if not event is data is id is None:
+                raise TypeError("event=, data= and id= are for watch(); a live query has its own")
+            if isinstance(content, LiveStream):
+                self.encoder = live_encoder(content)
+        self.owner = owner
         self.body = b""
         automatic = {
             "content-type": "text/event-stream",
@@ -102,13 +113,14 @@ class EventSourceResponse(Response):
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """The frames one by one, for tests and for other transports."""
         content = self.content
-        if not content.resumable:
-            async for item in self._items:
-                yield self._frame(item)
-            return
         try:
+            if isinstance(content, Produced):
+                async for item in self._items:
+                    yield self._frame(item)
+                return
             await content.open()
-            yield self.opening(content)
+            if first := self.opening(content):
+                yield first
             while True:
                 while content.pending:
                     for frame in content.take(self.encoder).split(b"\n\n")[:-1]:
@@ -157,6 +169,6 @@ class EventSourceResponse(Response):
 
 
 def _frames(content: Any, frame: Callable[[Any], bytes]) -> Frames:
-    if isinstance(content, ChangeStream):
+    if isinstance(content, ChangeStream | LiveStream | Authorized):
         return content
     return Produced(content, frame)

@@ -1,0 +1,110 @@
+"""Snapshot: what a query matches at one exact moment, and the position where its changes begin.
+
+https://www.mongodb.com/docs/manual/reference/read-concern-snapshot/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bson import Timestamp
+from pymongo.errors import OperationFailure, PyMongoError
+
+from .driver import Driver
+from .errors import InvalidFilter, OperationFailed, SnapshotTooLarge, translated
+from .token import ResumeToken
+
+__all__ = ["Snapshot", "read_snapshot"]
+
+_BATCH = 5_000
+# What the server says of a filter or a sort that it cannot parse.
+_INVALID = frozenset({2, 9, 14, 15, 16410, 17287, 40352, 51024, 51091})
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Documents as they were just before a position; every change from there on is not in them."""
+
+    documents: list[dict[str, Any]]
+    position: ResumeToken
+    time: Timestamp | None = None  # of the snapshot itself
+    frames: dict[Any, bytes] = field(default_factory=dict)  # made of it so far, for all
+
+
+async def read_snapshot(
+    driver: Driver,
+    collection: str,
+    filter: Mapping[str, Any],
+    *,
+    sort: Mapping[str, int] | None = None,
+    limit: int | None = None,
+    projection: Mapping[str, Any] | None = None,
+    bound: int,
+    timeout: float,
+    head: ResumeToken,
+    at: Timestamp | None = None,
+) -> Snapshot:
+    """Read what matches, all of it at one cluster time: ``at``, or the present.
+
+    ``head`` is how far the changes are known already; the present is not before it.
+
+    Raises:
+        SnapshotTooLarge: more than ``bound`` documents match.
+        InvalidFilter: the server does not take the filter.
+    """
+    command: dict[str, Any] = {"find": collection, "filter": dict(filter)}
+    if sort:
+        command["sort"] = dict(sort)
+    if projection:
+        command["projection"] = dict(projection)
+    # One more than is allowed tells a full snapshot from one that was too large.
+    command |= {"limit": limit or bound + 1, "batchSize": _BATCH}
+    command["readConcern"] = {"level": "snapshot"} | ({"atClusterTime": at} if at else {})
+    doing = f"read {driver.name}.{collection}"
+    try:
+        async with driver.session() as session:
+            reply = await driver.command(command, timeout=timeout, session=session)
+            cursor = reply["cursor"]
+            documents: list[dict[str, Any]] = cursor["firstBatch"]
+            time: Timestamp | None = cursor.get("atClusterTime")
+            while cursor["id"]:
+                more = {"getMore": cursor["id"], "collection": collection, "batchSize": _BATCH}
+                reply = await driver.command(more, timeout=timeout, session=session)
+                cursor = reply["cursor"]
+                documents += cursor["nextBatch"]
+    except OperationFailure as error:
+        if error.code in _INVALID:
+            raise InvalidFilter(
+                f"cannot {doing}: the server does not take the filter or the sort"
+            ) from error
+        raise translated(error, doing) from error
+    except (PyMongoError, TimeoutError, OSError) as error:
+        raise translated(error, doing) from error
+    if limit is None and len(documents) > bound:
+        raise SnapshotTooLarge(
+            f"cannot {doing} live: more than {bound} documents match. Narrow the filter, give a "
+            "sort and a limit, or raise Limits.snapshot_documents."
+        )
+    if time is None:
+        if documents:
+            raise OperationFailed(f"cannot {doing}: snapshots need MongoDB 5.0 or newer")
+        # There is no such collection, and so no moment of it; nor was there one at the head.
+        time = head.cluster_time
+        if head.is_high_water or head.is_time:  # before all that happened at its time
+            time = _before(time)
+    # The first moment that the snapshot does not contain.
+    return Snapshot(documents, ResumeToken.at(_after(time)), time)
+
+
+def _before(time: Timestamp) -> Timestamp:
+    if time.inc:
+        return Timestamp(time.time, time.inc - 1)
+    return Timestamp(time.time - 1, 0xFFFFFFFF)
+
+
+def _after(time: Timestamp) -> Timestamp:
+    if time.inc < 0xFFFFFFFF:
+        return Timestamp(time.time, time.inc + 1)
+    return Timestamp(time.time + 1, 0)
