@@ -24,6 +24,7 @@ from .. import errors
 from ..bson_types import json_ready
 from .live import Authorize, live_endpoint
 from .params import Binding, RequestInvalid, limited, qualified_name
+from .shutdown import guard
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -100,6 +101,7 @@ class App(Starlette):
     @asynccontextmanager
     async def _open(self, app: Starlette) -> AsyncIterator[Any]:
         async with AsyncExitStack() as stack:
+            stack.enter_context(guard())
             if self._database is not None:
                 from ..bridge import connect
 

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import stat
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qs
@@ -377,28 +378,51 @@ def _last_event_id(scope: Scope) -> str:
     return parse_qs(query.decode("latin-1")).get("last_event_id", [""])[-1]
 
 
-def shut_socket(client: tuple[str, int] | None, server: tuple[str, int] | None) -> bool:
+Address = tuple[str, int]
+Ends = tuple[Address, int]
+_seen: dict[Ends, int] = {}  # the connected sockets of this process
+
+
+def shut_socket(client: Address | None, server: Address | None) -> bool:
     """Shut the connected socket of this process between two addresses; whether there was one.
 
     ASGI has no way to abort a connection, and a transport that is closed first waits for what it
     has buffered. Linux lists the sockets of a process; elsewhere the server's own timeout is left.
     """
-    if not client or not server or not os.path.isdir("/proc/self/fd"):
+    if not client or not client[1] or not server or not os.path.isdir("/proc/self/fd"):
         return False
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            if not stat.S_ISSOCK(os.stat(f"/proc/self/fd/{name}").st_mode):
-                continue
-            with socket.socket(fileno=os.dup(int(name))) as found:
-                if found.family not in (socket.AF_INET, socket.AF_INET6):
-                    continue
-                if _same(found.getpeername(), client) and found.getsockname()[1] == server[1]:
-                    found.shutdown(socket.SHUT_RDWR)
-                    return True
+    ends = (_plain(client), server[1])
+    return _shut(_seen.get(ends), ends) or _shut(_look().get(ends), ends)
+
+
+def _look() -> dict[Ends, int]:
+    # Many clients may have to be cut at once, at a shutdown say: one look is enough for all.
+    _seen.clear()
+    _seen.update(_sockets())
+    return _seen
+
+
+def _shut(number: int | None, ends: Ends) -> bool:
+    if number is not None:
+        with suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
+            if _ends(connection) == ends:  # not another one of the same number by now
+                connection.shutdown(socket.SHUT_RDWR)
+                return True
     return False
 
 
-def _same(address: tuple[str, int], other: tuple[str, int]) -> bool:
-    return address[1] == other[1] and address[0].removeprefix("::ffff:") == other[0].removeprefix(
-        "::ffff:"
-    )
+def _sockets() -> Iterator[tuple[Ends, int]]:
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if stat.S_ISSOCK(os.stat(f"/proc/self/fd/{name}").st_mode):
+                with socket.socket(fileno=os.dup(int(name))) as connection:
+                    if connection.family in (socket.AF_INET, socket.AF_INET6):
+                        yield _ends(connection), int(name)
+
+
+def _ends(connection: socket.socket) -> Ends:
+    return _plain(connection.getpeername()), connection.getsockname()[1]
+
+
+def _plain(address: Any) -> Address:
+    return address[0].removeprefix("::ffff:"), address[1]
