@@ -268,8 +268,8 @@ def nginx_conf(directory: Path, port: int, workers: list[int]) -> Path:
     """docker/nginx.conf as it is, but for addresses and the places of its files."""
     text = (DOCKER / "nginx.conf").read_text()
     for name, worker in zip(("app-1", "app-2"), workers, strict=True):
-        assert f"server {name}:8000;" in text
-        text = text.replace(f"server {name}:8000;", f"server 127.0.0.1:{worker};")
+        assert f"server {name}:8000 " in text
+        text = text.replace(f"server {name}:8000 ", f"server 127.0.0.1:{worker} ")
     assert "listen 80;" in text
     text = text.replace("listen 80;", f"listen 127.0.0.1:{port};")
     places = "".join(
@@ -299,7 +299,8 @@ def test_nginx_accepts_its_configuration(nginx: str, tmp_path: Path) -> None:
 
 
 def test_the_proxys_upstreams_are_the_services_of_compose() -> None:
-    upstreams = re.findall(r"server ([\w-]+):(\d+);", (DOCKER / "nginx.conf").read_text())
+    text = (DOCKER / "nginx.conf").read_text()
+    upstreams = re.findall(r"server ([\w-]+):(\d+) max_fails=0;", text)
     assert upstreams == [("app-1", "8000"), ("app-2", "8000")]
     assert {name for name, _ in upstreams} == {n for n in SERVICES if n.startswith("app-")}
     assert SERVICES["nginx"]["ports"] == ["127.0.0.1:8080:80"]
