@@ -62,6 +62,7 @@ class Order(Document):
     class Settings:
         collection = "orders"
         indexes = ("created", [("status", 1), ("created", 1)])
+        pre_images = True  # so that a page resumes after a restart, on any worker
 
 
 # -- what a client may send ---------------------------------------------------------------------
