@@ -62,6 +62,11 @@ async def ticks() -> EventSourceResponse:
     return EventSourceResponse(generate())
 
 
+@app.get("/quiet")
+async def quiet() -> EventSourceResponse:
+    return EventSourceResponse(_never(), keep_alive=None)
+
+
 @app.get("/late")
 async def late() -> EventSourceResponse:
     directory = Path(os.environ["SIGNALS"])
@@ -69,6 +74,17 @@ async def late() -> EventSourceResponse:
     while not directory.joinpath("go").exists():
         await asyncio.sleep(0.01)
     return EventSourceResponse(Order.watch() if os.environ.get("DATABASE_URI") else _never())
+
+
+async def bare(scope: Any, receive: Any, send: Any) -> None:
+    """The least that a server can do for a stream, to compare with."""
+    assert scope["type"] == "http"
+    await receive()
+    headers = [(b"content-type", b"text/event-stream")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"id: 1\n\n", "more_body": True})
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _never() -> AsyncIterator[ServerSentEvent]:

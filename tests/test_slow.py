@@ -308,3 +308,23 @@ async def test_a_client_that_reads_slowly_but_reads_is_not_cut_off(
     numbers, _ = client.events()
     assert numbers[:999] == list(range(999))
     client.close()
+
+
+# -- clients that only listen -------------------------------------------------------------------
+
+
+async def test_an_idle_subscriber_costs_little_more_than_its_connection(
+    spawn: Callable[..., Any], start: Callable[..., Any]
+) -> None:
+    async def each(server: Spawned) -> float:
+        """The memory of the server for each of its clients, in bytes."""
+        clients = [await asyncio.to_thread(Stuck, server.port) for _ in range(100)]  # warm up
+        before = resident(server)
+        clients += [await asyncio.to_thread(Stuck, server.port) for _ in range(500)]
+        grown = resident(server) - before
+        for client in clients:
+            client.close()
+        return grown / 500
+
+    bare = await each(await spawn("streams:bare", "--lifespan", "off", app_dir=TESTS))
+    assert await each(await start()) < 4 * bare
