@@ -22,12 +22,14 @@ def frame(event: str | None = None, data: Any = None, *, id: str | None = None) 
     return ("\n".join(lines) + "\n\n").encode()
 
 
-def snapshot(*documents: dict[str, Any], sent: int, total: int) -> bytes:
-    return frame("snapshot", {"documents": documents, "sent": sent, "total": total})
+def snapshot(*documents: dict[str, Any], sent: int, total: int, **more: Any) -> bytes:
+    return frame("snapshot", {"documents": documents, "sent": sent, "total": total, **more})
 
 
-def change(operation: str, id: Any, document: Any = None, *, position: str) -> bytes:
-    data = {"operation": operation, "id": id, "document": document}
+def change(
+    operation: str, id: Any, document: Any = None, *, position: str | None, **more: Any
+) -> bytes:
+    data = {"operation": operation, "id": id, "document": document, **more}
     return frame(operation, data, id=position)
 
 

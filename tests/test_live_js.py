@@ -606,6 +606,152 @@ async def test_credentials_of_another_origin_are_sent_when_asked_for(page: Page)
         assert request.headers["origin"] == server.url
 
 
+# -- several collections on one connection ---------------------------------------------------------
+
+
+async def start_all(page: Page, server: ScriptedServer) -> Request:
+    await page.goto(f"{server.url}/live.html")
+    await page.wait_for_function("window.ready")
+    await page.evaluate("startAll()")
+    return await server.request()
+
+
+def of_orders(*rows: dict[str, Any]) -> bytes:
+    return snapshot(*rows, sent=len(rows), total=len(rows), collection="orders")
+
+
+def of_customers(*rows: dict[str, Any]) -> bytes:
+    return snapshot(*rows, sent=len(rows), total=len(rows), collection="customers")
+
+
+async def both(page: Page) -> list[Any]:
+    found: list[Any] = await page.evaluate(
+        "[orders.documents, shop.collection('customers').documents]"
+    )
+    return found
+
+
+async def test_one_connection_fills_several_collections_at_one_moment(
+    page: Page, server: ScriptedServer
+) -> None:
+    stream = await start_all(page, server)
+    await stream.stream(of_orders(order("a", n=1), order("b", n=2)), of_customers(order("c")))
+    await page.wait_for_function("orders.sent === 2")
+    assert await both(page) == [[], []]
+    await stream.send(frame("ready", {"total": 3}, id="p0"))
+    await at(page, "p0")
+    assert await both(page) == [[order("b", n=2), order("a", n=1)], [order("c")]]
+    await page.evaluate("new Promise(requestAnimationFrame)")
+    await page.evaluate("log.length = renders.length = 0")
+    await stream.send(
+        change("update", "c", order("c", name="Ada"), position="p1", collection="customers"),
+        change("delete", "a", position="p2", collection="orders"),
+    )
+    await at(page, "p2")
+    assert await both(page) == [[order("b", n=2)], [order("c", name="Ada")]]
+    assert await page.evaluate("log") == ["customers update c", "orders delete a"]
+    assert await page.evaluate("shop.collection('orders') === orders")
+    await page.evaluate("new Promise(requestAnimationFrame)")
+    assert await page.evaluate("renders.flat()") == ["a"]  # not what happened to the customers
+    assert await page.evaluate("drawn > 0 && drawn < 6")
+
+
+async def test_one_position_resumes_all_collections(page: Page, server: ScriptedServer) -> None:
+    first = await start_all(page, server)
+    await first.stream(of_orders(order("a", n=1)), of_customers(order("c")))
+    await first.send(frame("ready", {"total": 2}, id="p0"))
+    await first.send(change("insert", "d", order("d"), position="p1", collection="customers"))
+    await at(page, "p1")
+    first.cut()
+    second = await server.request()
+    assert second.headers["last-event-id"] == "p1"
+    await second.stream(change("delete", "a", position="p2", collection="orders"))
+    await at(page, "p2")
+    assert await both(page) == [[], [order("c"), order("d")]]
+
+
+async def test_a_reset_replaces_every_collection_at_once(
+    page: Page, server: ScriptedServer
+) -> None:
+    stream = await start_all(page, server)
+    await stream.stream(of_orders(order("a", n=1)), of_customers(order("c")))
+    await stream.send(frame("ready", {"total": 2}, id="p0"))
+    await at(page, "p0")
+    await stream.send(frame("reset", {"reason": "drop"}), of_orders(order("b", n=1)))
+    await page.wait_for_function("orders.status === 'loading' && orders.sent === 1")
+    assert await both(page) == [[order("a", n=1)], [order("c")]]
+    await stream.send(of_customers(), frame("ready", {"total": 1}, id="p1"))
+    await at(page, "p1")
+    assert await both(page) == [[order("b", n=1)], []]
+
+
+async def test_a_collection_that_is_asked_for_late_has_what_came_before(
+    page: Page, server: ScriptedServer
+) -> None:
+    stream = await start_all(page, server)
+    await stream.stream(of_orders(), of_customers(order("d"), order("c")))
+    await stream.send(frame("ready", {"total": 2}, id="p0"))
+    await at(page, "p0")
+    late = "shop.collection('customers', {sort: (a, b) => a.id < b.id ? -1 : 1}).documents"
+    assert await page.evaluate(late) == [order("c"), order("d")]
+
+
+async def test_a_merged_stream_is_not_taken_for_one_collection(
+    page: Page, server: ScriptedServer
+) -> None:
+    stream = await start(page, server)
+    await stream.stream(of_orders(order("a")))
+    await becomes(page, "failed")
+    assert "liveAll()" in await page.evaluate("orders.error.message")
+    await stream.disconnected()
+
+
+async def test_closing_one_collection_closes_the_connection_that_it_shares(
+    page: Page, server: ScriptedServer
+) -> None:
+    stream = await start_all(page, server)
+    await stream.stream(of_orders(order("a", n=1)), of_customers())
+    await stream.send(frame("ready", {"total": 1}, id="p0"))
+    await at(page, "p0")
+    await page.evaluate("orders.close()")
+    await stream.disconnected()
+    assert await page.evaluate("[shop.status, orders.size]") == ["closed", 1]
+
+
+# -- streams without positions: a window of a sorted live query ------------------------------------
+
+
+async def test_a_window_is_replaced_by_the_snapshot_of_each_connection(
+    page: Page, server: ScriptedServer
+) -> None:
+    stream = await start(page, server, "{sort: (a, b) => b.n - a.n}")
+    await stream.stream(snapshot(order("a", n=1), order("b", n=2), sent=2, total=2))
+    await stream.send(frame("ready", {"total": 2}))
+    await becomes(page, "live")
+    await stream.send(
+        change("insert", "c", order("c", n=3), position=None),
+        change("leave", "a", position=None),
+    )
+    await page.wait_for_function("!orders.has('a')")
+    assert await documents(page) == [order("c", n=3), order("b", n=2)]
+    stream.cut()
+    second = await server.request()
+    assert "last-event-id" not in second.headers
+    assert second.query == {}
+    assert await page.evaluate("orders.size") == 2  # what is known stays until there is better
+    await second.stream(snapshot(order("d", n=9), order("c", n=3), sent=2, total=2))
+    await page.wait_for_function("orders.sent === 2")
+    second.cut()  # before it is complete
+    third = await server.request()
+    assert third.query == {}
+    assert await documents(page) == [order("c", n=3), order("b", n=2)]
+    await third.stream(snapshot(order("e", n=5), sent=1, total=1), frame("ready", {"total": 1}))
+    await becomes(page, "live")
+    assert await documents(page) == [order("e", n=5)]
+    await page.evaluate("orders.reconnect()")
+    assert (await server.request()).query == {}
+
+
 # -- the React hook of the documentation -----------------------------------------------------------
 
 

@@ -15,18 +15,23 @@ export type Status = "connecting" | "loading" | "live" | "reconnecting" | "close
 
 export type Operation = "insert" | "update" | "replace" | "delete" | "enter" | "leave";
 
-export interface LiveOptions<T> {
+export interface ConnectionOptions {
   /** Send cookies and HTTP authentication to another origin too. Default: false. */
   withCredentials?: boolean;
-  /** The field of a document that holds its id. Default: "id". */
-  key?: string;
-  /** The order of iteration and of `documents`. Default: the order of arrival. */
-  sort?: (a: T, b: T) => number;
   /** The first delay, in milliseconds, when the browser has given up; it doubles up to 30 s. Default: 1000. */
   retry?: number;
   /** Another implementation of EventSource. */
   EventSource?: typeof EventSource;
 }
+
+export interface CollectionOptions<T> {
+  /** The field of a document that holds its id. Default: "id". */
+  key?: string;
+  /** The order of iteration and of `documents`. Default: the order of arrival. */
+  sort?: (a: T, b: T) => number;
+}
+
+export interface LiveOptions<T> extends ConnectionOptions, CollectionOptions<T> {}
 
 export interface LiveError extends Error {
   /** The HTTP status, when the server answered. */
@@ -36,6 +41,8 @@ export interface LiveError extends Error {
 /** A change, as a listener gets it after it has been applied. */
 export interface ChangeEvent<T> {
   readonly type: Operation;
+  /** Where it happened; only of `liveAll`. */
+  readonly collection?: string;
   readonly operation: string;
   readonly id: Id;
   /** null for `delete` and `leave`, and for a document that does not fit the server's model. */
@@ -47,6 +54,8 @@ export interface ChangeEvent<T> {
 
 export interface SnapshotEvent<T> {
   readonly type: "snapshot";
+  /** Whose documents they are; only of `liveAll`. */
+  readonly collection?: string;
   readonly documents: readonly T[];
   readonly sent: number;
   readonly total: number;
@@ -130,6 +139,34 @@ export interface LiveCollection<T> extends Iterable<[Id, T]> {
 
   /** Open the connection anew, from the last position; also after `failed`, e.g. signed in again. */
   reconnect(): void;
+  /** End the connection for good; the documents stay readable. Of `liveAll`: that of all. */
+  close(): void;
+}
+
+/** Several collections on one connection; `C` has their documents by the collections' names. */
+export interface LiveConnection<C> {
+  readonly url: string;
+  readonly status: Status;
+  readonly error: LiveError | null;
+  /** The position that all the documents are at. */
+  readonly lastEventId: string;
+
+  /** One of the collections: the same object each time. The first call gives the options. */
+  collection<N extends keyof C & string>(name: N, options?: CollectionOptions<C[N]>): LiveCollection<C[N]>;
+
+  /** Render: as of a collection, once per frame in which any of them, or the status, has changed. */
+  subscribe(fn: (connection: LiveConnection<C>) => void): Unsubscribe;
+
+  /** Every single event of any collection, after it was applied. */
+  on(type: Operation | "change", fn: (event: ChangeEvent<C[keyof C]>) => void): Unsubscribe;
+  on(type: "snapshot", fn: (event: SnapshotEvent<C[keyof C]>) => void): Unsubscribe;
+  on(type: "ready", fn: (event: ReadyEvent) => void): Unsubscribe;
+  on(type: "reset", fn: (event: ResetEvent) => void): Unsubscribe;
+  on(type: "status", fn: (event: StatusEvent) => void): Unsubscribe;
+  on(type: string, fn: (event: OtherEvent) => void): Unsubscribe;
+
+  /** Open the connection anew, from the last position; also after `failed`. */
+  reconnect(): void;
   /** End the connection for good; the documents stay readable. */
   close(): void;
 }
@@ -143,3 +180,14 @@ export function live<T = Record<string, unknown>>(
   url: string | URL,
   options?: LiveOptions<T>,
 ): LiveCollection<T>;
+
+/**
+ * Open the live queries that `merge()` on the server puts on one connection at `url`.
+ *
+ *     const shop = liveAll<{ orders: Order; customers: Customer }>("/shop/live");
+ *     const orders = shop.collection("orders");
+ */
+export function liveAll<C = Record<string, Record<string, unknown>>>(
+  url: string | URL,
+  options?: ConnectionOptions,
+): LiveConnection<C>;

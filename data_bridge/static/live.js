@@ -1,9 +1,12 @@
 /**
  * A live query as a keyed collection: the documents that match now, and every change after.
  *
- *     import { live } from "/static/live.js";
+ *     import { live, liveAll } from "/static/live.js";
  *     const orders = live("/orders/live", { sort: (a, b) => b.created.localeCompare(a.created) });
  *     orders.subscribe(() => render(orders.documents));
+ *
+ *     const shop = liveAll("/shop/live"); // several collections, one connection
+ *     const customers = shop.collection("customers");
  *
  * The wire is plain server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html):
  * `snapshot` frames, `ready`, then `insert`, `update`, `replace`, `delete`, `enter` and `leave`, and
@@ -15,6 +18,8 @@
 
 const CHANGES = ["insert", "update", "replace", "delete", "enter", "leave"];
 const KNOWN = new Set(["snapshot", "ready", "reset", ...CHANGES]);
+const OURS = new Set(["status", "change", "open", "error"]); // never handed on from a stream
+const HEED = Symbol("heed"); // between the classes of this module
 const TICK = 20_000; // how often the clock is looked at, in milliseconds
 const SLEPT = 60_000; // a clock this far ahead of its timer was asleep; throttled tabs tick once a minute
 const LONGEST_DELAY = 30_000;
@@ -23,69 +28,56 @@ const SETTLED = 200; // an open connection that lasts this long is one: a server
 
 /** Open the live query at `url`; see live.d.ts for the options. */
 export function live(url, options) {
-  return new LiveCollection(url, options);
+  return new LiveConnection(url, options, false).collection("", options);
 }
 
-class LiveCollection {
-  #rows = new Map(); // key -> { id, document }: what the page sees
-  #pending = null; // the same, of a snapshot that is not complete yet
-  #ordered = null; // the rows in order, until one of them changes
-  #changed = new Map(); // key -> id, since the last frame
-  #view = null;
-  #subscribers = new Set();
-  #listeners = new Map();
-  #source = null;
-  #mayResume = false; // the browser would send an id if it reconnected this source by itself
-  #opened = false; // there was a connection before
-  #ended = false; // close() was called
-  #attempt = 0;
-  #retryTimer;
-  #settleTimer;
-  #probe;
-  #frame;
-  #frameTimer;
-  #awake = Date.now();
-  #clock;
-  #leaving = new AbortController();
-  #options;
-  #status = "connecting";
-  #error = null;
-  #sent = 0;
-  #total = null;
-  #version = 0;
-  #lastEventId = "";
+/** Open several live queries on one connection, as `merge()` on the server makes it. */
+export function liveAll(url, options) {
+  return new LiveConnection(url, options, true);
+}
 
-  constructor(url, options = {}) {
-    this.url = String(url);
-    this.#options = { key: "id", retry: 1000, withCredentials: false, ...options };
-    this.#open();
-    this.#watchThePage();
+// -- what a page sees -----------------------------------------------------------------------------
+
+class LiveCollection {
+  #rows;
+  #connection;
+
+  constructor(rows, connection) {
+    this.#rows = rows;
+    this.#connection = connection;
+    rows.frames = new Frames(() => {
+      const changed = new Set(rows.changed.values());
+      rows.changed.clear();
+      return (isNew) => [this, isNew ? new Set([...this.keys(), ...changed]) : changed];
+    });
   }
 
-  // -- reading ----------------------------------------------------------------------------------
+  get url() {
+    return this.#connection.url;
+  }
 
   get size() {
-    return this.#rows.size;
+    return this.#rows.now.size;
   }
 
   get(id) {
-    return this.#rows.get(keyOf(id))?.document;
+    return this.#rows.now.get(keyOf(id))?.document;
   }
 
   has(id) {
-    return this.#rows.has(keyOf(id));
+    return this.#rows.now.has(keyOf(id));
   }
 
   *keys() {
-    for (const row of this.#inOrder()) yield row.id;
+    for (const row of this.#rows.inOrder()) yield row.id;
   }
 
   *values() {
-    for (const row of this.#inOrder()) yield row.document;
+    for (const row of this.#rows.inOrder()) yield row.document;
   }
 
   *entries() {
-    for (const row of this.#inOrder()) yield [row.id, row.document];
+    for (const row of this.#rows.inOrder()) yield [row.id, row.document];
   }
 
   [Symbol.iterator]() {
@@ -97,8 +89,187 @@ class LiveCollection {
   }
 
   get documents() {
-    this.#inOrder();
-    return (this.#ordered.documents ??= Object.freeze(this.#ordered.map((row) => row.document)));
+    const ordered = this.#rows.inOrder();
+    return (ordered.documents ??= Object.freeze(ordered.map((row) => row.document)));
+  }
+
+  get status() {
+    return this.#connection.status;
+  }
+
+  get error() {
+    return this.#connection.error;
+  }
+
+  get lastEventId() {
+    return this.#connection.lastEventId;
+  }
+
+  get sent() {
+    return this.#rows.sent;
+  }
+
+  get total() {
+    return this.#rows.total;
+  }
+
+  get version() {
+    return this.#rows.version;
+  }
+
+  /** All of it as one frozen object, the same one until something changes. */
+  snapshot() {
+    return (this.#rows.view ??= Object.freeze({
+      documents: this.documents,
+      status: this.status,
+      error: this.error,
+      sent: this.sent,
+      total: this.total,
+      version: this.version,
+    }));
+  }
+
+  /** Call `fn(collection, changed)` in the next frame, then once for each frame with changes. */
+  subscribe(fn) {
+    return this.#rows.frames.subscribe(fn);
+  }
+
+  /** Call `fn(event)` for each single event of a type, after it has been applied. */
+  on(type, fn) {
+    this.#connection[HEED](type);
+    return this.#rows.listeners.add(type, fn);
+  }
+
+  /** Open the connection anew, from the last position: also after it failed. */
+  reconnect() {
+    this.#connection.reconnect();
+  }
+
+  /** End the connection for good; the documents stay readable. */
+  close() {
+    this.#connection.close();
+  }
+
+  [Symbol.dispose ?? Symbol("dispose")]() {
+    this.close();
+  }
+}
+
+// -- what it has ----------------------------------------------------------------------------------
+
+/** The documents of one collection, and those of a snapshot of it that is not complete yet. */
+class Rows {
+  now = new Map(); // key -> { id, document }: what the page sees
+  next = null; // the same, of a snapshot on its way
+  changed = new Map(); // key -> id, since the last frame
+  listeners = new Listeners();
+  frames; // made by the collection, which its subscribers get
+  options = { key: "id" };
+  sent = 0;
+  total = null;
+  version = 0;
+  view = null;
+  #ordered = null; // the rows in order, until one of them changes
+
+  inOrder() {
+    if (!this.#ordered) {
+      this.#ordered = [...this.now.values()];
+      const { sort } = this.options;
+      if (sort) this.#ordered.sort((a, b) => sort(a.document, b.document));
+    }
+    return this.#ordered;
+  }
+
+  /** Something is different: the version, and what is shown with the next frame. */
+  touch() {
+    this.version += 1;
+    this.view = null;
+    this.frames.schedule();
+  }
+
+  reorder() {
+    this.#ordered = null;
+  }
+
+  begin() {
+    this.next = new Map();
+    this.sent = 0;
+    this.total = null;
+  }
+
+  collect({ documents, sent, total }) {
+    for (const document of documents) {
+      const id = document[this.options.key];
+      this.next.set(keyOf(id), { id, document });
+    }
+    this.sent = sent;
+    this.total = total;
+  }
+
+  /** Put the collected snapshot in the place of what the page sees. */
+  swap() {
+    const [before, after] = [this.now, this.next];
+    this.next = null;
+    if (!after) return;
+    for (const [key, row] of before) if (!after.has(key)) this.changed.set(key, row.id);
+    for (const [key, row] of after) {
+      const known = before.get(key);
+      // An unchanged document stays the same object, so that nothing needs to be rendered for it.
+      if (known && JSON.stringify(known) === JSON.stringify(row)) after.set(key, known);
+      else this.changed.set(key, row.id);
+    }
+    this.now = after;
+    this.reorder();
+  }
+
+  /** Apply one change, and return the document that was there before. */
+  change(type, { id, document }) {
+    const rows = this.next ?? this.now;
+    const key = keyOf(id);
+    const previous = rows.get(key)?.document ?? null;
+    if (type === "delete" || type === "leave") rows.delete(key);
+    // Without a document it does not fit the model or is gone already: its last known state stays.
+    else if (document != null) rows.set(key, { id, document });
+    if (rows === this.now) {
+      this.changed.set(key, id);
+      this.reorder();
+    }
+    return previous;
+  }
+}
+
+// -- where it comes from --------------------------------------------------------------------------
+
+class LiveConnection {
+  #several; // collections, each event naming its own
+  #collections = new Map(); // name -> { rows, collection }
+  #listeners = new Listeners();
+  #frames = new Frames(() => () => [this]);
+  #heeded = new Set(); // event types that this module does not know
+  #source = null;
+  #mayResume = false; // the browser would send an id if it reconnected this source by itself
+  #opened = false; // there was a connection before
+  #ended = false; // close() was called
+  #loading = false; // a snapshot is on its way, or about to be
+  #chunks = 0; // of it
+  #attempt = 0;
+  #retryTimer;
+  #settleTimer;
+  #probe;
+  #awake = Date.now();
+  #clock;
+  #leaving = new AbortController();
+  #options;
+  #status = "connecting";
+  #error = null;
+  #lastEventId = "";
+
+  constructor(url, options = {}, several) {
+    this.url = String(url);
+    this.#several = several;
+    this.#options = { retry: 1000, withCredentials: false, ...options };
+    this.#open();
+    this.#watchThePage();
   }
 
   get status() {
@@ -109,94 +280,61 @@ class LiveCollection {
     return this.#error;
   }
 
-  get sent() {
-    return this.#sent;
-  }
-
-  get total() {
-    return this.#total;
-  }
-
-  get version() {
-    return this.#version;
-  }
-
   get lastEventId() {
     return this.#lastEventId;
   }
 
-  /** All of it as one frozen object, the same one until something changes. */
-  snapshot() {
-    return (this.#view ??= Object.freeze({
-      documents: this.documents,
-      status: this.#status,
-      error: this.#error,
-      sent: this.#sent,
-      total: this.#total,
-      version: this.#version,
-    }));
+  /** The documents of one of the collections; `options` are `sort` and `key`. */
+  collection(name, options) {
+    const { rows, collection } = this.#collections.get(name) ?? this.#made(name);
+    if (options) {
+      rows.options = { ...rows.options, ...options };
+      rows.reorder();
+    }
+    return collection;
   }
 
-  #inOrder() {
-    if (!this.#ordered) {
-      this.#ordered = [...this.#rows.values()];
-      const { sort } = this.#options;
-      if (sort) this.#ordered.sort((a, b) => sort(a.document, b.document));
+  #made(name) {
+    const rows = new Rows();
+    const made = { rows, collection: new LiveCollection(rows, this) };
+    if (this.#loading) rows.begin();
+    this.#collections.set(name, made);
+    return made;
+  }
+
+  #rowsOf(data) {
+    if (this.#several !== (data.collection !== undefined)) {
+      throw new Error(`this stream is one for ${this.#several ? "live()" : "liveAll()"}`);
     }
-    return this.#ordered;
+    const name = data.collection ?? "";
+    return (this.#collections.get(name) ?? this.#made(name)).rows;
+  }
+
+  get #all() {
+    return [...this.#collections.values()].map(({ rows }) => rows);
   }
 
   // -- listening --------------------------------------------------------------------------------
 
-  /** Call `fn(collection, changed)` in the next frame, then once for each frame with changes. */
+  /** Call `fn(connection)` in the next frame, then once for each frame in which anything changed. */
   subscribe(fn) {
-    const subscriber = { fn, isNew: true };
-    this.#subscribers.add(subscriber);
-    this.#schedule();
-    return () => this.#subscribers.delete(subscriber);
+    return this.#frames.subscribe(fn);
   }
 
-  /** Call `fn(event)` for each single event of a type, after it has been applied. */
+  /** Call `fn(event)` for each single event of a type, of whatever collection. */
   on(type, fn) {
-    const listeners = this.#listeners.get(type) ?? new Set();
-    if (!this.#listeners.has(type)) {
-      this.#listeners.set(type, listeners);
-      if (this.#source) this.#listen(this.#source, type);
-    }
-    listeners.add(fn);
-    return () => listeners.delete(fn);
+    this[HEED](type);
+    return this.#listeners.add(type, fn);
   }
 
-  #emit(type, event) {
-    for (const fn of [...(this.#listeners.get(type) ?? [])]) call(fn, event);
+  #emit(type, event, rows = this.#all) {
+    for (const { listeners } of rows) listeners.emit(type, event);
+    this.#listeners.emit(type, event);
   }
 
-  // A hidden tab runs no animation frames, and a tab may be hidden after it asked for one.
-  #schedule() {
-    if (this.#frameTimer !== undefined) return;
-    const visible = globalThis.document?.visibilityState === "visible";
-    if (visible) this.#frame = requestAnimationFrame(() => this.#flush());
-    this.#frameTimer = setTimeout(() => this.#flush(), visible ? 1000 : 100);
-  }
-
-  #flush() {
-    if (this.#frame !== undefined) cancelAnimationFrame(this.#frame);
-    clearTimeout(this.#frameTimer);
-    this.#frame = this.#frameTimer = undefined;
-    const changed = new Set(this.#changed.values());
-    this.#changed.clear();
-    for (const subscriber of [...this.#subscribers]) {
-      if (!this.#subscribers.has(subscriber)) continue; // another one unsubscribed it just now
-      const ids = subscriber.isNew ? new Set([...this.keys(), ...changed]) : changed;
-      subscriber.isNew = false;
-      call(subscriber.fn, this, ids);
-    }
-  }
-
-  #touch() {
-    this.#version += 1;
-    this.#view = null;
-    this.#schedule();
+  #touch(rows = this.#all) {
+    for (const each of rows) each.touch();
+    this.#frames.schedule();
   }
 
   #become(status, error = null) {
@@ -209,83 +347,65 @@ class LiveCollection {
 
   // -- the stream -------------------------------------------------------------------------------
 
-  #receive(event) {
-    if (event.lastEventId) this.#mayResume = true;
+  #receive({ type, data: text, lastEventId }) {
+    if (lastEventId) this.#mayResume = true;
     clearTimeout(this.#settleTimer);
+    let rows;
     let applied;
     try {
-      applied = this.#apply(event.type, JSON.parse(event.data), event.lastEventId);
+      const data = JSON.parse(text);
+      if (type === "snapshot" || CHANGES.includes(type)) rows = [this.#rowsOf(data)];
+      applied = { type, ...data, ...this.#apply(type, data, lastEventId, rows) };
     } catch (cause) {
       // A change that cannot be read is a change lost: better no rows follow than wrong ones.
-      const error = new Error(`${this.url} sent a "${event.type}" that cannot be read`, { cause });
+      const reason = `${this.url} sent a "${type}" that cannot be read: ${cause.message}`;
       this.#stop();
-      this.#become("failed", error);
+      this.#become("failed", new Error(reason, { cause }));
       return;
     }
-    this.#emit(event.type, applied);
-    if (CHANGES.includes(event.type)) this.#emit("change", applied);
+    this.#emit(type, applied, rows);
+    if (CHANGES.includes(type)) this.#emit("change", applied, rows);
   }
 
-  #apply(type, data, lastEventId) {
+  #apply(type, data, lastEventId, [rows] = []) {
     if (type === "snapshot") {
-      this.#pending ??= new Map();
-      for (const document of data.documents) {
-        const id = document[this.#options.key];
-        this.#pending.set(keyOf(id), { id, document });
-      }
-      this.#sent = data.sent;
-      this.#total = data.total;
+      if (!this.#loading) this.#begin();
+      this.#chunks += 1;
+      rows.collect(data);
       this.#become("loading");
-      return { type, ...data };
+      return {};
     }
     if (type === "reset") {
       this.#lastEventId = ""; // a cut from here on starts over: there is nothing to resume from
       this.#begin();
       this.#become("loading");
-      return { type, ...data };
+      return {};
     }
     if (type === "ready") {
       this.#lastEventId = lastEventId;
       this.#swap();
       this.#become("live");
-      return { type, ...data, lastEventId };
+      return { lastEventId };
     }
-    if (this.#pending && this.#sent === 0) this.#swap(); // a stream of changes alone: no snapshot
-    if (!this.#pending) this.#lastEventId = lastEventId;
-    const rows = this.#pending ?? this.#rows;
-    const key = keyOf(data.id);
-    const previous = rows.get(key)?.document ?? null;
-    if (type === "delete" || type === "leave") rows.delete(key);
-    // Without a document it does not fit the model or is gone already: its last known state stays.
-    else if (data.document != null) rows.set(key, { id: data.id, document: data.document });
-    if (rows === this.#rows) {
-      this.#changed.set(key, data.id);
-      this.#ordered = null;
-      if (this.#status === "live") this.#touch();
+    if (this.#loading && !this.#chunks) this.#swap(); // a stream of changes alone: no snapshot
+    const previous = rows.change(type, data);
+    if (!this.#loading) {
+      this.#lastEventId = lastEventId;
+      if (this.#status === "live") this.#touch([rows]);
       else this.#become("live");
     }
-    return { type, ...data, previous, lastEventId };
+    return { previous, lastEventId };
   }
 
   #begin() {
-    this.#pending = new Map();
-    this.#sent = 0;
-    this.#total = null;
+    this.#loading = true;
+    this.#chunks = 0;
+    for (const rows of this.#all) rows.begin();
   }
 
   #swap() {
-    const rows = this.#pending;
-    this.#pending = null;
-    if (!rows) return;
-    for (const [key, row] of this.#rows) if (!rows.has(key)) this.#changed.set(key, row.id);
-    for (const [key, row] of rows) {
-      const before = this.#rows.get(key);
-      // An unchanged document stays the same object, so that nothing needs to be rendered for it.
-      if (before && JSON.stringify(before) === JSON.stringify(row)) rows.set(key, before);
-      else this.#changed.set(key, row.id);
-    }
-    this.#rows = rows;
-    this.#ordered = null;
+    this.#loading = false;
+    for (const rows of this.#all) rows.swap();
   }
 
   // -- the connection ---------------------------------------------------------------------------
@@ -308,7 +428,8 @@ class LiveCollection {
       if (source !== this.#source || event.data !== undefined) return;
       this.#opened = true;
       this.#attempt = 0;
-      this.#pending = null; // half a snapshot of the connection before
+      this.#loading = false;
+      for (const rows of this.#all) rows.next = null; // half a snapshot of the connection before
       if (!this.#lastEventId) this.#begin();
       const status = this.#lastEventId ? "live" : "loading";
       this.#settleTimer = setTimeout(() => this.#become(status), SETTLED);
@@ -320,12 +441,17 @@ class LiveCollection {
     for (const type of KNOWN) {
       source.addEventListener(type, (event) => source === this.#source && this.#receive(event));
     }
-    for (const type of this.#listeners.keys()) this.#listen(source, type);
+    for (const type of this.#heeded) this.#hear(source, type);
   }
 
   // Event types that this module does not know are handed on as they are.
-  #listen(source, type) {
-    if (KNOWN.has(type) || ["status", "change", "open", "error"].includes(type)) return;
+  [HEED](type) {
+    if (KNOWN.has(type) || OURS.has(type) || this.#heeded.has(type)) return;
+    this.#heeded.add(type);
+    if (this.#source) this.#hear(this.#source, type);
+  }
+
+  #hear(source, type) {
     source.addEventListener(type, ({ data, lastEventId }) => {
       if (source === this.#source) this.#emit(type, { type, data: parsed(data), lastEventId });
     });
@@ -440,6 +566,62 @@ class LiveCollection {
       this.#awake = Date.now();
       if (event.persisted) revive();
     });
+  }
+}
+
+// -- small things ---------------------------------------------------------------------------------
+
+/** Calls its subscribers once for each animation frame in which something was scheduled. */
+class Frames {
+  #subscribers = new Set();
+  #prepare; // at the start of a frame; gives what gives the arguments of a subscriber
+  #frame;
+  #timer;
+
+  constructor(prepare) {
+    this.#prepare = prepare;
+  }
+
+  subscribe(fn) {
+    const subscriber = { fn, isNew: true };
+    this.#subscribers.add(subscriber);
+    this.schedule();
+    return () => this.#subscribers.delete(subscriber);
+  }
+
+  // A hidden tab runs no animation frames, and a tab may be hidden after it asked for one.
+  schedule() {
+    if (this.#timer !== undefined) return;
+    const visible = globalThis.document?.visibilityState === "visible";
+    if (visible) this.#frame = requestAnimationFrame(() => this.#flush());
+    this.#timer = setTimeout(() => this.#flush(), visible ? 1000 : 100);
+  }
+
+  #flush() {
+    if (this.#frame !== undefined) cancelAnimationFrame(this.#frame);
+    clearTimeout(this.#timer);
+    this.#frame = this.#timer = undefined;
+    const argumentsOf = this.#prepare();
+    for (const subscriber of [...this.#subscribers]) {
+      if (!this.#subscribers.has(subscriber)) continue; // another one unsubscribed it just now
+      const { fn, isNew } = subscriber;
+      subscriber.isNew = false;
+      call(fn, ...argumentsOf(isNew));
+    }
+  }
+}
+
+class Listeners {
+  #of = new Map(); // type -> functions
+
+  add(type, fn) {
+    const listeners = this.#of.get(type) ?? new Set();
+    this.#of.set(type, listeners.add(fn));
+    return () => listeners.delete(fn);
+  }
+
+  emit(type, event) {
+    for (const fn of [...(this.#of.get(type) ?? [])]) call(fn, event);
   }
 }
 
