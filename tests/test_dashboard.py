@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import sys
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
@@ -19,6 +20,8 @@ from playwright.async_api import Browser, Page, expect
 from playwright.async_api import TimeoutError as NeverTrue
 from pymongo import MongoClient
 from pymongo.collection import Collection
+
+from data_bridge.embedded import ReplicaSet
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "orders"
 
@@ -244,6 +247,52 @@ async def test_a_terminated_server_lets_go_of_its_pages_at_once(
     await dashboard.start()
     orders.insert_one(an_order())
     await shows(page, orders)
+
+
+async def test_after_the_oplog_rolled_while_the_server_was_away_the_page_shows_fresh_rows_only(
+    page: Page, spawn: Spawn
+) -> None:
+    with ReplicaSet(oplog_mb=2) as small, MongoClient[dict[str, Any]](small.uri) as client:
+        orders = client["shop"]["orders"]
+        gone, kept = an_order(customer="Gone"), an_order(customer="Kept")
+        orders.insert_many([gone, kept])
+        dashboard = await spawn(
+            "app:app", env={"DATABASE": small.database_uri("shop")}, app_dir=EXAMPLE
+        )
+        await opened(page, dashboard)
+        await page.evaluate(
+            "window.resets = []; void orders.on('reset', (e) => resets.push(e.reason))"
+        )
+        orders.update_one({"_id": kept["_id"]}, {"$set": {"total": 1.0}})
+        await shows(page, orders)
+        await dashboard.kill()
+        orders.delete_one({"_id": gone["_id"]})
+        orders.update_one({"_id": kept["_id"]}, {"$set": {"total": 2.0}})
+        await asyncio.to_thread(roll, client)
+        fresh = an_order(customer="Fresh")
+        orders.insert_one(fresh)
+        await expect(row(page, gone)).to_be_visible()  # the last known, until there is better
+        await dashboard.start()
+        await shows(page, orders)
+        await expect(row(page, gone)).to_have_count(0)
+        await expect(row(page, fresh)).to_contain_text("Fresh")
+        await expect(page.locator("#rows tr")).to_have_count(2)
+        assert await page.evaluate("resets") == ["history lost"]
+        seen = len(await page.evaluate("seen"))
+        orders.delete_one({"_id": fresh["_id"]})  # and it goes on from there
+        await shows(page, orders)
+        assert len(await page.evaluate("seen")) == seen + 1
+
+
+def roll(client: MongoClient[dict[str, Any]]) -> None:
+    """Write until the oplog has forgotten all that it holds now."""
+    oplog = client["local"]["oplog.rs"]
+    newest = oplog.find_one(sort=[("$natural", -1)])
+    padding = client["other"]["padding"]
+    end = time.monotonic() + 60
+    while oplog.find_one(sort=[("$natural", 1)])["ts"] <= newest["ts"]:  # type: ignore[index]
+        assert time.monotonic() < end, "the oplog does not roll"
+        padding.insert_many([{"padding": "x" * 500_000} for _ in range(8)])
 
 
 # -- the shop and the routes ----------------------------------------------------------------------
