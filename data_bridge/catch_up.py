@@ -15,7 +15,6 @@ from bson import Timestamp
 
 from .errors import BridgeClosed, DataBridgeError, ResumeHistoryLost, ServerUnreachable
 from .log import Limits, Log
-from .lookup import Lookups
 from .source import Batch, Scope, Source
 from .token import ResumeToken
 
@@ -74,7 +73,6 @@ class CatchUps:
         self, driver: Driver, scope: Scope, limits: Limits, slots: Slots, floor: Callable[[], str]
     ) -> None:
         self.opened = 0
-        self.exact = False  # there are live queries, for which no document may go backwards
         self._driver = driver
         self._scope = scope
         self._limits = limits
@@ -130,7 +128,6 @@ class CatchUps:
             log
             for log in self._running
             if log.floor <= position.hex
-            and log.exact >= self.exact
             and position.cluster_time.time - log.head.cluster_time.time <= _NEAR
         ]
         return max(found, key=lambda log: log.head, default=None)
@@ -139,7 +136,7 @@ class CatchUps:
         since = ResumeToken.at(Timestamp(max(0, position.cluster_time.time - _NEAR), 0)).hex
         start = min(p for p in self._wanted.values() if since <= p.hex <= position.hex)
         log = Log(start, self._limits)
-        log.exact = self.exact
+        log.patient = True
         self._running[log] = asyncio.Event()
         task = asyncio.create_task(self._run(log, start), name=f"data-bridge catch-up {start}")
         self._tasks.add(task)
@@ -163,8 +160,6 @@ class CatchUps:
 
     async def _run(self, log: Log, start: ResumeToken) -> None:
         source = Source(self._driver, self._scope, start=start, timeout=self._limits.timeout)
-        if log.exact:
-            source.lookups = Lookups(self._driver, self._limits.timeout)
         opened = self._running[log]
         announced = start.cluster_time.time
 
@@ -196,13 +191,11 @@ class CatchUps:
 
     def _met(self, log: Log, source: Source) -> bool:
         """Whether the feed's own log goes on where this one ends."""
-        if not _settled(source):
-            return False
         floor = ResumeToken(self._floor())
         if log.head >= floor:
             return True
         # A feed starts one tick after the present. On a quiet cluster nothing ever comes between.
-        if source.exhausted and floor.is_high_water and _next(log.head, floor):
+        if source.exhausted and floor.is_time and _next(log.head, floor):
             log.append([], floor)
             return True
         return False
@@ -232,12 +225,6 @@ class CatchUps:
 def _next(one: ResumeToken, other: ResumeToken) -> bool:
     a, b = one.cluster_time, other.cluster_time
     return a.time == b.time and a.inc + 1 == b.inc
-
-
-def _settled(source: Source) -> bool:
-    # The feed's log goes on with older documents than those shown here, unless the cursor had
-    # reached the present after its last lookup.
-    return source.lookups is None or (source.exhausted and source.lookups.settled)
 
 
 def lost(scope: Scope) -> ResumeHistoryLost:

@@ -34,6 +34,7 @@ __all__ = [
     "ResumeHistoryLost",
     "ServerUnreachable",
     "SnapshotTooLarge",
+    "SnapshotUnavailable",
     "TooManyCursors",
     "WatchUnsupported",
 ]
@@ -92,6 +93,10 @@ class InvalidPipeline(DataBridgeError, ValueError):
 
 class SnapshotTooLarge(DataBridgeError):
     """A live query matches more documents than its bound allows."""
+
+
+class SnapshotUnavailable(DataBridgeError):
+    """A moment of the past cannot be read: the collection was made or changed since."""
 
 
 # -- the server and the way to it ---------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,9 @@ class Feed:
         self.log: Log | None = None
         self.subscribers = 0
         self.resets = 0
+        # Positions of live queries without images are good for this feed only; others may have
+        # looked up later states of the documents.
+        self.epoch = secrets.token_urlsafe(3)
         self.router: Router | None = None  # for live queries, told of everything appended
         self._driver = driver
         self.limits = limits
@@ -157,12 +161,18 @@ class Feed:
             )
 
     def live(self) -> Router:
-        """What hands the changes to live queries. Only once the feed is ready."""
+        """What hands the changes to live queries. Only once the feed is ready.
+
+        Raises:
+            DataBridgeError: the feed has ended.
+        """
+        assert self.log is not None
+        if self.log.ended is not None:
+            raise self.log.ended
         if self.router is None:
             self.router = Router(self)
             if self.scope.full_document == "updateLookup":
                 self._source.lookups = Lookups(self._driver, self.limits.timeout)
-                self._catch_ups.exact = True
         return self.router
 
     async def keep_images(self, collection: str) -> None:
@@ -180,7 +190,7 @@ class Feed:
     async def _run(self) -> None:
         error: DataBridgeError = _bridge_closed()
         try:
-            while True:
+            while not self._ending:  # PyMongo has been seen to swallow a cancellation
                 try:
                     await self._source.read(self._append)
                 except ResumeHistoryLost as lost:
@@ -190,6 +200,8 @@ class Feed:
             self._journal(logging.ERROR, "failed", reason=fatal)
         finally:
             self._end_with(error)
+            if self.router is not None:
+                await self.router.close()
             await self._catch_ups.close()
             await self._source.close()
             self._journal(logging.INFO, "closed")

@@ -7,6 +7,8 @@ change after that moment. Like a ``ChangeStream`` it is a place to read from and
 from __future__ import annotations
 
 import asyncio
+import logging
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,7 +20,13 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from pydantic import BaseModel
 
 from .document import from_document, to_jsonable
-from .errors import BridgeClosed, ModelInvalid, ResumeHistoryLost
+from .errors import (
+    BridgeClosed,
+    DocumentInvalid,
+    ModelInvalid,
+    ResumeHistoryLost,
+    SnapshotUnavailable,
+)
 from .log import RESET
 from .query import LiveEntry, Query, Stateless, Tracked
 from .question import Question
@@ -40,6 +48,8 @@ __all__ = ["LiveEvent", "LiveStream", "Part", "merge"]
 M = TypeVar("M", bound=BaseModel)
 N = TypeVar("N", bound=BaseModel)
 
+_log = logging.getLogger("data_bridge")
+_PAUSE = 0.02
 _CHUNK = 500  # documents in one snapshot event
 _token = attrgetter("token")
 
@@ -90,18 +100,23 @@ class LiveEvent(Generic[M]):
 
     @property
     def document(self) -> dict[str, Any] | None:
-        """``full_document`` as ``json.dumps`` takes it."""
-        found = self.full_document
-        return None if found is None else to_jsonable(found)
+        """``full_document`` as ``json.dumps`` takes it; ``None`` too where it does not fit."""
+        found = next(iter(self._fitting(self.raw[:1])), None)
+        return None if found is None or self.operation == "snapshot" else to_jsonable(found)
 
     @property
     def documents(self) -> list[M]:
-        """The documents of a ``snapshot``.
+        """The documents of a ``snapshot``, without those that do not fit the model."""
+        return self._fitting(self.raw) if self.operation == "snapshot" else []
 
-        Raises:
-            DocumentInvalid: one does not fit the model.
-        """
-        return [from_document(self.model, document) for document in self.raw]
+    def _fitting(self, documents: list[dict[str, Any]]) -> list[M]:
+        found = []
+        for document in documents:
+            try:
+                found.append(from_document(self.model, document))
+            except DocumentInvalid as error:
+                _log.warning("%s", error)
+        return found
 
 
 @dataclass(slots=True)
@@ -139,6 +154,9 @@ class LiveStream(Generic[M]):
         self.parts = parts
         # What a window shows depends on what it held before, so there is no going on elsewhere.
         self.resumable = all(part.question.limit is None for part in parts)
+        # With images every position says all there is to know; without, the documents that were
+        # shown may have been looked up later, and only the same feed goes on from there.
+        self._exact = all(part.question.images for part in parts)
         self._start: ResumeToken | None = None
         self._feed: Feed | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -147,25 +165,45 @@ class LiveStream(Generic[M]):
         self._skip = ""  # what the snapshot, or a worker that was ahead, has shown already
         self._reset = ""  # why, if that is yet to be said
         self._showing: _Showing | None = None
-        self._over = False  # a reset was told: nothing after it makes sense without a snapshot
+        # Nothing makes sense before a snapshot is read, or before the place to go on from is found.
+        self._to_show = False
+        self._to_find = False
         self._behind: ChangeStream[Any] | None = None
         self._events: Iterator[LiveEvent[M]] | None = None
+        self._given: ResumeToken | None = None  # the position after the last of these
+        self._news: asyncio.Future[None] | None = None
+        self._seen_until = 0.0
         self._closed = False
 
     # -- for everybody --
 
     @property
+    def epoch(self) -> str:
+        """What a position must have to be resumed from; empty where any will do."""
+        return "" if self._exact or self._feed is None else self._feed.epoch
+
+    @property
     def resume_token(self) -> ResumeToken | None:
         """The position up to which all has been delivered; ``None`` before the snapshot has."""
-        if self._reset or self._showing is not None or not self.resumable or self._token is None:
+        showing = self._reset or self._to_show or self._showing is not None
+        if showing or not self.resumable or self._token is None:
             return None
-        if self._behind is None and self._places and not self._has_entries():
-            head = min(place.query.log.head for place in self._places)
-            return max(head, self._token)
-        return self._token
+        if self._events is not None:
+            return self._given
+        token = self._token
+        if self._behind is not None:
+            ahead = None if self._behind.pending else self._behind.resume_token
+            token = max(ahead or token, token)
+        elif self._places and not self._to_find and self._has_all():
+            token = max(self._head(), token)
+        return ResumeToken(token.hex, token.type_bits, self.epoch)
 
     async def __aenter__(self) -> Self:
-        await self.open()
+        try:
+            await self.open()
+        except BaseException:
+            await self.aclose()
+            raise
         return self
 
     async def __aexit__(
@@ -183,14 +221,14 @@ class LiveStream(Generic[M]):
         while True:
             if (event := self.next_event()) is not None:
                 return event
-            if self._closed:
-                raise StopAsyncIteration
             await self.wait()
 
     async def aclose(self) -> None:
         """Leave the queries. Iterating ends."""
         self._token = self.resume_token
         self._leave()
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)  # somebody still waits
 
     # -- for those who send many changes at once --
 
@@ -202,24 +240,25 @@ class LiveStream(Generic[M]):
         """Find the place to go on from, or read what matches."""
         if self._closed:
             raise BridgeClosed("this live query was closed; call live() again")
-        if self._places or self._behind is not None:
-            return
         if self._feed is None:
             self._loop = asyncio.get_running_loop()
             self._feed = self.bridge.feed(self.scope)
             self._feed.join()
+            self._to_show = self._start is None
+        elif not (self._to_show or self._to_find or self._start is not None):
+            return
         await self._feed.ready()
-        position, self._start = self._start, None
-        if position is not None:
-            await self._feed.check(position)
-            self._acquire()
-            try:
-                if await self._go_on(position):
-                    return
-                self._reset = "history lost"
-            except ResumeHistoryLost:
-                self._reset = "history lost"
-        await self._show()
+        if self._start is not None:
+            await self._feed.check(self._start)
+            if self._exact or self._start.epoch == self._feed.epoch:
+                self._token, self._to_find = self._start, True
+            else:
+                self._start_over()
+            self._start = None
+        if self._to_find:
+            await self._find()
+        if self._to_show:
+            await self._show()
 
     @property
     def pending(self) -> bool:
@@ -228,6 +267,8 @@ class LiveStream(Generic[M]):
             return False
         if self._reset or self._showing is not None:
             return True
+        if self._to_show or self._to_find:
+            return False
         return self._behind.pending if self._behind is not None else self._has_entries()
 
     def take(self, encoder: Any) -> bytes:
@@ -245,36 +286,45 @@ class LiveStream(Generic[M]):
             place.seq, joined = log.join(encoder, place.seq)
             last = log.entries[place.seq - log.base - 1]
             self._token = last.position
-            self._over = last.operation == RESET
+            self._to_show = last.operation == RESET
             return joined
         return b"".join([encoder(entry) for entry in self._entries()])
 
     async def wait(self) -> None:
         """Wait until something is pending, reading a new snapshot where that has to be."""
-        await self.open()
-        while not self.pending:
-            if self._over:
-                await self._show()
-            elif self._behind is not None:
+        while not self._closed:
+            await self.open()
+            if self.pending:
+                return
+            if self._behind is not None:
                 try:
                     await self._behind.wait()
                 except ResumeHistoryLost:
                     await self.restart()
             elif any(p.seq < p.query.log.base or p.query.log.finished for p in self._places):
-                await self._recover()
+                self._to_find = True
             else:
-                for place in self._places:
-                    if place.query.log.ended is not None:
-                        raise place.query.log.ended
-                await self._news()
+                self._raise_if_ended()
+                await self._wait_for_news()
+        raise StopAsyncIteration
+
+    def _raise_if_ended(self) -> None:
+        for place in self._places:
+            if place.query.log.ended is not None:
+                raise place.query.log.ended.with_traceback(None)  # many raise the same one
 
     async def restart(self) -> None:
         """Start over with what matches now, because changes were lost."""
-        self._reset = "history lost"
+        self._start_over()
         await self._show()
 
-    async def _news(self) -> None:
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    def _start_over(self) -> None:
+        self._reset, self._to_show, self._to_find = "history lost", True, False
+        # What was seen may be newer than the snapshot that others share.
+        self._seen_until = asyncio.get_running_loop().time()
+
+    async def _wait_for_news(self) -> None:
+        self._news = future = asyncio.get_running_loop().create_future()
         for place in self._places:
             place.query.log.wait(future)
         try:
@@ -289,6 +339,7 @@ class LiveStream(Generic[M]):
         """Take part in a query for each question, in new ones where the old have ended."""
         assert self._feed is not None
         self._release()
+        self._showing = None
         router = self._feed.live()
         for part in self.parts:
             query = _query(self.bridge, router, part.question)
@@ -300,13 +351,28 @@ class LiveStream(Generic[M]):
         for place in places:
             _left(place.query)
 
+    async def _find(self) -> None:
+        """Find the place to go on from, or see that there is none.
+
+        At the start; and later, when a log was given up or forgot what is to be read next.
+        """
+        behind, self._behind = self._behind, None
+        if behind is not None:
+            behind.leave()
+        if self._token is not None and self.resumable:
+            self._acquire()
+            with suppress(ResumeHistoryLost):
+                if await self._go_on(self._token):
+                    self._to_find = False
+                    return
+        self._start_over()
+
     async def _go_on(self, position: ResumeToken) -> bool:
         """Read on after a position, if everything since is known or can be found out."""
-        self._token = position
         if all(place.query.covers(position) for place in self._places):
             self._seek(position)
             return True
-        if any(place.query.remembers for place in self._places):
+        if not self._exact:
             return False
         assert self._feed is not None
         feed = self._feed
@@ -322,27 +388,18 @@ class LiveStream(Generic[M]):
         return True
 
     def _seek(self, position: ResumeToken) -> None:
-        head = min(place.query.log.head for place in self._places)
-        self._skip = position.hex if position > head else ""
+        self._skip = position.hex if position > self._head() else ""
         for place in self._places:
             seq = place.query.log.seek(position.hex)
             assert seq is not None
             place.seq = seq
-
-    async def _recover(self) -> None:
-        """A log was given up, or forgot what is to be read next: find the place in another."""
-        if self._token is not None and self.resumable:
-            self._acquire()
-            with suppress(ResumeHistoryLost):
-                if await self._go_on(self._token):
-                    return
-        await self.restart()
 
     async def _show(self) -> None:
         """Begin to show what matches, and be ready for what changes after."""
         behind, self._behind = self._behind, None
         if behind is not None:
             behind.leave()
+        self._to_show, self._events = True, None
         while True:
             self._acquire()
             snapshots: list[tuple[Part, Snapshot]] = []
@@ -353,11 +410,18 @@ class LiveStream(Generic[M]):
                     await query.ready()
                     found = query.shown()
                 else:
-                    found = await query.snapshot(None if first is None else first.time)
+                    try:
+                        found = await query.snapshot(
+                            None if first is None else first.time, since=self._seen_until
+                        )
+                    except SnapshotUnavailable:  # the first one's moment: take a later one
+                        await asyncio.sleep(_PAUSE)
+                        break
                 first = first or found
                 snapshots.append((place.part, found))
-            if any(place.query.closed for place in self._places):
-                continue  # dropped meanwhile
+            self._raise_if_ended()
+            if len(snapshots) < len(self._places) or any(p.query.closed for p in self._places):
+                continue  # dropped meanwhile, or just made
             assert first is not None
             if isinstance(self._places[0].query, Ranked):
                 self._places[0].seq = self._places[0].query.log.end
@@ -368,15 +432,26 @@ class LiveStream(Generic[M]):
                 self._seek(first.position)
             self._showing = _Showing(snapshots)
             self._token = first.position
-            self._over = False
+            self._to_show = False
             return
 
     # -- what is pending --
 
+    def _head(self) -> ResumeToken:
+        """How far all of the queries have come."""
+        return min(place.query.log.head for place in self._places)
+
+    def _has_all(self) -> bool:
+        late = any(place.seq < place.query.log.base for place in self._places)
+        return not late and not self._has_entries()
+
     def _has_entries(self) -> bool:
+        several = len(self._places) > 1
         for place in self._places:
             log = place.query.log
-            if log.base <= place.seq < log.end:
+            if log.base <= place.seq < log.end and (
+                not several or log.entries[place.seq - log.base].token <= self._head().hex
+            ):
                 return True
         return False
 
@@ -385,19 +460,22 @@ class LiveStream(Generic[M]):
         if self._behind is not None:
             return self._behind_entries(self._behind)
         lots: list[list[Any]] = []
+        if any(place.seq < place.query.log.base for place in self._places):
+            return []
         for place in self._places:
             log = place.query.log
-            if place.seq < log.base:
-                return []
-            lots.append(log.entries[place.seq - log.base :])
-            place.seq = log.end
+            end = len(log.entries)
+            if len(self._places) > 1:  # one that asks the server may not have come as far
+                end = bisect_right(log.entries, self._head().hex, key=_token)
+            lots.append(log.entries[place.seq - log.base : end])
+            place.seq = max(place.seq, log.base + end)
         found = []
         for entry in in_order(*lots, key=_token) if len(lots) > 1 else lots[0]:
             if entry.token <= self._skip:
                 continue
             found.append(entry)
             if entry.operation == RESET:
-                self._over = True
+                self._to_show = True
                 break
         if found:
             self._token = found[-1].position
@@ -414,13 +492,12 @@ class LiveStream(Generic[M]):
                     continue
                 if (meaning := query.meaning(entry)) is not None:
                     found.append(meaning)
-            if found and found[-1].operation == RESET:
-                break
+                    if meaning.operation == RESET:
+                        self._to_show = True
+                        return found
         assert behind.resume_token is not None
         self._token = position = behind.resume_token
-        if found and found[-1].operation == RESET:
-            self._over = True
-        elif behind.in_feed and all(p.query.covers(position) for p in self._places):
+        if behind.in_feed and all(p.query.covers(position) for p in self._places):
             self._behind = None
             behind.leave()
             self._seek(position)
@@ -428,18 +505,23 @@ class LiveStream(Generic[M]):
 
     def next_event(self) -> LiveEvent[M] | None:
         """The next event, typed, if one is pending."""
+        if self._closed:
+            return None
         if self._reset:
             reason, self._reset = self._reset, ""
             part = self.parts[0]
             return LiveEvent(RESET, part.question.collection, part.model, reason=reason)
         if self._showing is not None:
             return self._next_shown(self._showing)
-        if self._events is not None and (event := next(self._events, None)) is not None:
-            return event
-        self._events = None
-        if self.pending and (entries := self._entries()):
-            self._events = self._typed(entries)
-            return next(self._events)
+        if self._events is None and self.pending:
+            self._given = self.resume_token
+            self._events = self._typed(self._entries())
+        if self._events is not None:
+            if (event := next(self._events, None)) is not None:
+                self._given = event.resume_token or self._given
+                return event
+            self._events = None
+            return self.next_event()
         return None
 
     def _typed(self, entries: list[LiveEntry]) -> Iterator[LiveEvent[M]]:
@@ -452,10 +534,16 @@ class LiveStream(Generic[M]):
                 collection,
                 models[collection],
                 entry.id,
-                entry.position if entry.last and self.resumable else None,
+                self._position_of(entry),
                 reason=entry.reason,
                 raw=[] if entry.document is None else [entry.document],
             )
+
+    def _position_of(self, entry: LiveEntry) -> ResumeToken | None:
+        if not entry.last or not self.resumable:
+            return None
+        position = entry.position
+        return ResumeToken(position.hex, position.type_bits, self.epoch)
 
     # -- snapshots --
 
@@ -512,6 +600,7 @@ class LiveStream(Generic[M]):
         if self._closed:
             return
         self._closed = True
+        self._events = None
         behind, self._behind = self._behind, None
         if behind is not None:
             behind.leave()

@@ -65,7 +65,8 @@ class Log:
         # Every change after this token and up to head is in entries. The server's mark before all
         # of one time is as good as the time alone, which is shorter and so comes before it.
         self.floor = start.hex[:18] if start.is_high_water else start.hex
-        self.exact = False  # no change shows an older document than one before it
+        self.patient = False  # what was added last stays until somebody has read it
+        self._newest = 0
         self.bytes = 0
         self._head = start
         self.ended: DataBridgeError | None = None
@@ -93,6 +94,7 @@ class Log:
         if not entries:
             return
         self.entries += entries
+        self._newest = len(entries) if self.patient else 1
         self.bytes += sum(e.cost for e in entries)
         self._joins.clear()
         self._joins_bytes = 0
@@ -183,10 +185,11 @@ class Log:
 
     def _trim(self) -> None:
         self._trimming = False
-        extra = max(0, len(self.entries) - self._limits.log_entries)
-        bytes_ = self.bytes - sum(e.cost for e in self.entries[:extra])
         # The newest stays whatever its size: somebody is about to read it.
-        while bytes_ > self._limits.log_bytes and extra < len(self.entries) - 1:
+        most = len(self.entries) - self._newest
+        extra = min(most, max(0, len(self.entries) - self._limits.log_entries))
+        bytes_ = self.bytes - sum(e.cost for e in self.entries[:extra])
+        while bytes_ > self._limits.log_bytes and extra < most:
             bytes_ -= self.entries[extra].cost
             extra += 1
         if extra:

@@ -69,8 +69,3 @@ class Lookups:
         Not after our own ones: these stay in doubt until the cursor has caught up once more.
         """
         self._ahead, self._found = self._found, set()
-
-    @property
-    def settled(self) -> bool:
-        """Whether nothing is ahead of its change."""
-        return not self._ahead

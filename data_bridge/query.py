@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .errors import DataBridgeError, OperationFailed, SnapshotTooLarge
+from .errors import DataBridgeError, OperationFailed, SnapshotTooLarge, SnapshotUnavailable
 from .filter import Filter
 from .log import RESET, Limits, Log
 from .order import key
@@ -80,17 +80,20 @@ class QueryLog(Log):
     def head(self) -> ResumeToken:
         return self.position()
 
+    def moved(self) -> None:
+        """The head is further than it was, without a change that it had to wait for."""
+        self._wake()
+
 
 class Query:
     """A live query, for as long as anybody is interested. A subclass says how it decides."""
 
-    remembers = True  # and so can tell of nothing that happened before it was there
     routed = True  # found by an equality in its filter
 
     def __init__(self, driver: Driver, router: Router, question: Question, limits: Limits) -> None:
         self.question = question
         self.images = question.images
-        self.members: dict[Hashable, Any] | None = None
+        self.members: dict[Hashable, Any] = {}
         self.route = _route(question.filter) if self.routed else None
         self.log = QueryLog(limits, lambda: router.head)
         self.since = ""  # a collection that was dropped before is of no concern any more
@@ -99,9 +102,12 @@ class Query:
         self.closed = False
         self.driver = driver
         self.limits = limits
+        self.start = router.start
         self._router = router
         self._snapshot: asyncio.Task[Snapshot] | None = None
+        self._next: asyncio.Task[Snapshot] | None = None
         self._snapshot_taken = 0.0
+        self._snapshot_of: Timestamp | None = None
         router.add(self)
 
     # -- changes --
@@ -143,34 +149,57 @@ class Query:
 
     # -- snapshots --
 
-    async def snapshot(self, at: Timestamp | None = None) -> Snapshot:
-        """What matches now, or at one time; those who ask in the same moment share it."""
-        if at is not None:
-            found = await self._read(at)
-            self.took(found)
-            return found
-        now = asyncio.get_running_loop().time()
-        task = self._snapshot
-        if (
-            task is None
-            or (task.done() and (task.cancelled() or task.exception() is not None))
-            or (task.done() and not self.covers(task.result().position))
-            or now - self._snapshot_taken > self.limits.snapshot_age
-        ):
-            self._snapshot_taken = now
-            task = self._snapshot = asyncio.create_task(self._shared())
-            task.add_done_callback(_retrieved)
-        return await asyncio.shield(task)
+    async def snapshot(self, at: Timestamp | None = None, *, since: float = 0.0) -> Snapshot:
+        """What matches now, or at one time; those who ask in the same moment share it.
 
-    async def _shared(self) -> Snapshot:
+        Args:
+            at: the cluster time of the moment.
+            since: the loop's time before which a snapshot is too old for who has seen more.
+        """
+        task = self._snapshot
+        if self._next is not None and self._snapshot_taken < since:
+            task = self._next
+        elif task is None or self._snapshot_taken < since or not self._usable(task, at):
+            if since and task is not None and not task.done():
+                # Whoever comes while one is read shares the next.
+                task = self._next = self.start(self._after(task))
+            else:
+                self._snapshot_taken, self._snapshot_of = asyncio.get_running_loop().time(), at
+                task = self._snapshot = self.start(self._taken(at))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled() and self.log.ended is not None:
+                raise self.log.ended from None
+            raise
+
+    async def _after(self, before: asyncio.Task[Snapshot]) -> Snapshot:
+        await asyncio.wait({before})
+        self._snapshot, self._next = self._next, None
+        self._snapshot_taken, self._snapshot_of = asyncio.get_running_loop().time(), None
+        return await self._taken(None)
+
+    def _usable(self, task: asyncio.Task[Snapshot], at: Timestamp | None) -> bool:
+        age = asyncio.get_running_loop().time() - self._snapshot_taken
+        if age > self.limits.snapshot_age:
+            return False
+        if not task.done():
+            return at is None or at == self._snapshot_of
+        if task.cancelled() or task.exception() is not None:
+            return False
+        found = task.result()
+        return self.covers(found.position) and (at is None or at == found.time)
+
+    async def _taken(self, at: Timestamp | None) -> Snapshot:
         # Only once there is history from its moment on: a snapshot of a server that lags behind
         # the one that the feed reads is of no use.
         for _ in range(5):
-            found = await self._read()
-            if found.position.hex >= self.log.floor:
-                self.took(found)
+            found = await self._read(at)
+            if found.position.hex >= self.log.floor and self.took(found):
                 return found
             await asyncio.sleep(0.05)
+        if at is not None:
+            raise SnapshotUnavailable(f"what happened since {at} is forgotten")
         raise OperationFailed("snapshots are older than the changes: read both from the primary")
 
     async def _read(self, at: Timestamp | None = None) -> Snapshot:
@@ -192,8 +221,9 @@ class Query:
         """Whether this query can tell of everything after a position."""
         return position.hex >= self.log.floor
 
-    def took(self, snapshot: Snapshot) -> None:
-        """A snapshot was taken, and somebody will be shown it."""
+    def took(self, snapshot: Snapshot) -> bool:
+        """A snapshot was taken, and somebody will be shown it, unless this is false."""
+        return True
 
     def forget(self, floor: str, now: float) -> None:
         """Drop what nobody will ask for any more."""
@@ -201,11 +231,6 @@ class Query:
         task, age = self._snapshot, now - self._snapshot_taken
         if task is not None and task.done() and age > self.limits.snapshot_age:
             self._snapshot = None
-
-
-def _retrieved(task: asyncio.Task[Any]) -> None:
-    if not task.cancelled():
-        task.exception()  # everybody who waited for it may have left
 
 
 def _route(filter: Filter) -> tuple[str, tuple[Hashable, ...]] | None:
@@ -216,8 +241,6 @@ def _route(filter: Filter) -> tuple[str, tuple[Hashable, ...]] | None:
 
 class Stateless(Query):
     """Decides from the change alone: everything matches, or the images tell."""
-
-    remembers = False
 
     def apply(self, entry: Entry) -> None:
         if (found := self.meaning(entry)) is None:
@@ -263,18 +286,18 @@ class Tracked(Query):
 
     def __init__(self, driver: Driver, router: Router, question: Question, limits: Limits) -> None:
         super().__init__(driver, router, question, limits)
-        self.members = {}
-        self._before: list[Entry] | None = []  # until the first snapshot tells who matches
+        self._complete = False  # until the first snapshot nobody knows who matches
+        # Members that a snapshot has shown, and its position: changes up to there are yet to come.
+        self._ahead: dict[Hashable, str] = {}
 
     def apply(self, entry: Entry) -> None:
-        if self._before is not None:
-            self._before.append(entry)
+        if not self._complete:  # took() finds it in the feed's log
             return
         raw, operation, after = entry.raw, entry.operation, entry.after
         member, id = member_key(raw), raw["documentKey"]["_id"]
         if after is not None or operation == "delete":
             self.decide(entry, member, id, self._match(after), after)
-        elif member in (self.members or ()):  # deleted since, which is yet to be told
+        elif member in self.members:  # deleted since, which is yet to be told
             self.tell([LiveEntry(entry, operation, id)])
 
     def _match(self, after: Mapping[str, Any] | None) -> bool:
@@ -284,15 +307,14 @@ class Tracked(Query):
         self, entry: Entry, member: Hashable, id: Any, is_: bool, after: dict[str, Any] | None
     ) -> None:
         """Tell what it means that a document matches now, or does not."""
-        assert self.members is not None
-        was = member in self.members
         operation = entry.operation
+        was = member in self.members
+        if was and (ahead := self._ahead.get(member)) is not None:
+            was = entry.token > ahead
+            if was:
+                del self._ahead[member]
         if is_ and not was:
-            self.members[member] = id
-            self._router.joined(self, member)
-            if len(self.members) > self.limits.members:
-                self.fail(_too_many(self.question.collection, self.limits.members))
-                return
+            self._join(member, id)
             operation = _appears(operation)
         elif was and not is_:
             del self.members[member]
@@ -301,36 +323,72 @@ class Tracked(Query):
             after = None
         elif not is_:
             return
-        self.tell([LiveEntry(entry, operation, id, after)])
+        if not self.closed:
+            self.tell([LiveEntry(entry, operation, id, after)])
+
+    def _join(self, member: Hashable, id: Any) -> None:
+        if member not in self.members:
+            self.members[member] = id
+            self._router.joined(self, member)
+            if len(self.members) > self.limits.members:
+                self.fail(_too_many(self.question.collection, self.limits.members))
 
     def covers(self, position: ResumeToken) -> bool:
-        return self._before is None and super().covers(position)
+        return self._complete and super().covers(position)
 
-    def took(self, snapshot: Snapshot) -> None:
-        assert self.members is not None
-        found = {key(document["_id"]): document["_id"] for document in snapshot.documents}
-        # Whoever looks at this snapshot must hear of it when one of these goes. It may be missing
-        # here, if it went since, which is in the log; or because the server looked up a later
-        # state than the snapshot's, and that it went is yet to be told.
-        went = {
+    def took(self, snapshot: Snapshot) -> bool:
+        changes = self._router.since(snapshot.position, self.question.collection)
+        if changes is None:
+            return False
+        ids: dict[Hashable, Any] = {key(d["_id"]): d["_id"] for d in snapshot.documents}
+        if self._complete:
+            self._also(snapshot, ids, changes)
+        else:
+            self._complete = True
+            self.since = self.log.floor = max(self.log.floor, snapshot.position.hex)
+            for member, id in ids.items():
+                self._join(member, id)
+            self.begin(snapshot.position, changes)
+        return True
+
+    def begin(self, position: ResumeToken, changes: list[Entry]) -> None:
+        """It is known who matched at a position; these are the changes since."""
+        for entry in changes:
+            self.add(entry)
+
+    def _also(self, snapshot: Snapshot, ids: Mapping[Hashable, Any], changes: list[Entry]) -> None:
+        """Whoever looks at this snapshot must hear of it when one of these goes."""
+        seq = self.log.seek(snapshot.position.hex)
+        assert seq is not None
+        told = {
             key(entry.id)
-            for entry in self.log.entries[self._since(snapshot.position) :]
+            for entry in self.log.entries[seq - self.log.base :]
             if isinstance(entry, LiveEntry) and entry.operation in ("leave", "delete")
         }
-        for member, id in found.items():
-            if member not in self.members and member not in went:
-                self.members[member] = id
-                self._router.joined(self, member)
-        before, self._before = self._before, None
-        if before is not None:
-            self.since = self.log.floor = max(self.log.floor, snapshot.position.hex)
-        for entry in before or ():
-            if entry.token > snapshot.position.hex:
-                self.apply(entry)
+        head = self.log.head.hex
+        decided = {
+            member_key(entry.raw)
+            for entry in changes
+            if "documentKey" in entry.raw and entry.token <= head
+        }
+        went = set()
+        for member, id in ids.items():
+            if member in self.members:
+                continue
+            if member not in decided:
+                self._join(member, id)
+                self._ahead[member] = snapshot.position.hex
+            elif member not in told:
+                # The server looked up later states for its changes, in none of which it matched.
+                went.add(member)
+        if went:
+            snapshot.documents[:] = [d for d in snapshot.documents if key(d["_id"]) not in went]
 
-    def _since(self, position: ResumeToken) -> int:
-        seq = self.log.seek(position.hex)
-        return 0 if seq is None else seq - self.log.base
+    def forget(self, floor: str, now: float) -> None:
+        super().forget(floor, now)
+        if self._ahead:
+            head = self.log.head.hex
+            self._ahead = {m: token for m, token in self._ahead.items() if token > head}
 
 
 def _appears(operation: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pymongo.errors import PyMongoError
 
-from .errors import DataBridgeError, Fault, fault, translated
+from .errors import Fault, fault, translated
 from .log import RESET, Limits
 from .order import key
 from .query import Tracked, ids_of
@@ -45,20 +45,21 @@ class Remote(Tracked):
         self.log.position = lambda: self._done if self._done is not None else router.head
 
     def add(self, entry: Entry) -> None:
-        if self._before is not None and entry.operation not in WHOLE_COLLECTION:
-            super().add(entry)
-            return
+        if not self._complete and entry.operation not in WHOLE_COLLECTION:
+            return  # took() finds it in the feed's log
         if not self._lot and self._done is None:
             self._done = self._router.before
         self._lot.append(entry)
+        if len(self._lot) > self.limits.log_entries:  # the server does not keep up
+            self.reset(entry, "history lost")
+            return
         if self._asking is None or self._asking.done():
-            self._asking = asyncio.create_task(self._ask())
+            self._asking = self.start(self._ask())
 
-    def apply(self, entry: Entry) -> None:
-        if self._before is not None:
-            self._before.append(entry)
-        else:
-            self.add(entry)
+    def begin(self, position: ResumeToken, changes: list[Entry]) -> None:
+        if changes:
+            self._done = position
+        super().begin(position, changes)
 
     async def _ask(self) -> None:
         while self._lot and not self.closed:
@@ -80,23 +81,21 @@ class Remote(Tracked):
                         await asyncio.sleep(_PAUSE)
                         continue
                     self.fail(translated(error, f"read {self.question.collection}"))
-                    return
+                    break
                 found = {key(document["_id"]): document for document in documents}
-            if self._ended():
-                return
+            if not self._lot:  # given up
+                break
             del self._lot[: len(lot)]
             for entry in lot:
                 self._decided(entry, found)
-                if self._ended():
-                    return
                 self._done = entry.position
         self._done = None
-
-    def _ended(self) -> bool:
-        return self.closed
+        self.log.moved()
 
     def _decided(self, entry: Entry, found: dict[Hashable, dict[str, Any]]) -> None:
         operation = entry.operation
+        if self.closed:
+            return
         if operation in WHOLE_COLLECTION and entry.token > self.since:
             self.reset(entry, "history lost" if operation == RESET else operation)
         elif "documentKey" in entry.raw:
@@ -106,6 +105,6 @@ class Remote(Tracked):
                 entry, member, entry.raw["documentKey"]["_id"], document is not None, document
             )
 
-    def fail(self, error: DataBridgeError) -> None:
-        super().fail(error)
+    def close(self) -> None:
+        super().close()
         self._lot.clear()

@@ -8,8 +8,8 @@ document cost what matches, not what subscribes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Coroutine, Hashable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import DataBridgeError, TooManyCursors
 from .filter import index_keys
@@ -29,8 +29,11 @@ WHOLE_COLLECTION = frozenset({"drop", "rename", "dropDatabase", "invalidate", RE
 _WHOLE_DATABASE = frozenset({"dropDatabase", "invalidate", RESET})
 _SWEEP = 1.0  # seconds between two rounds that free what nobody needs any more
 
+_PATIENCE = 1.0  # seconds that what is being read may take when the feed has ended
+
 _NONE: frozenset[Any] = frozenset()
 
+T = TypeVar("T")
 Place = tuple[str, str]  # a collection, and a path in its documents
 Member = tuple[str, Hashable]
 
@@ -40,12 +43,14 @@ class Router:
 
     def __init__(self, feed: Feed) -> None:
         self._feed = feed
+        self._images = feed.scope.full_document_before_change is not None
         self._queries: dict[Question, Query] = {}
         self._everything: dict[str, set[Query]] = {}  # no equality to find them by
         self._by_value: dict[Place, dict[Hashable, set[Query]]] = {}
         self._by_member: dict[Member, set[Query]] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._repairs: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
         self.before = self.head  # the head before the changes that are being handed out
 
     @property
@@ -108,7 +113,7 @@ class Router:
                 _take_out(index, value, query)
             if not index:
                 del self._by_value[collection, path]
-        for member in query.members or ():
+        for member in query.members:
             _take_out(self._by_member, (collection, member), query)
 
     def joined(self, query: Query, member: Hashable) -> None:
@@ -121,6 +126,18 @@ class Router:
         _take_out(self._by_member, (query.question.collection, member), query)
 
     # -- changes --
+
+    def since(self, position: ResumeToken, collection: str) -> list[Entry] | None:
+        """The changes of a collection that were handed out after a position, to whomever.
+
+        ``None``: some of them are forgotten.
+        """
+        log = self._feed.log
+        assert log is not None
+        if (seq := log.seek(position.hex)) is None:
+            return None
+        entries = log.entries[seq - log.base :]
+        return [e for e in entries if (e.raw.get("ns") or {}).get("coll") == collection]
 
     def route(self, entries: Iterable[Entry], before: ResumeToken) -> None:
         """Hand changes to the queries that they may concern."""
@@ -149,18 +166,38 @@ class Router:
         if "documentKey" in raw:
             if self._by_member:
                 found |= self._by_member.get((collection, member_key(raw)), _NONE)
-            if before is None and entry.operation != "insert":
-                # No image to tell who could see the document: who relies on images must be asked.
-                relying = (q for q in self._queries.values() if q.images)
-                found |= {q for q in relying if q.question.collection == collection}
+            if self._images and before is None and entry.operation != "insert":
+                # No image to tell who could see the document: everybody must be asked.
+                queries = self._queries.values()
+                found |= {q for q in queries if q.question.collection == collection}
         everything = self._everything.get(collection)
         return found | everything if everything else found
+
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run something for a query, which the end of the feed waits for."""
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # everybody who waited for it may have left
+
+    async def close(self) -> None:
+        """Wait for what the queries are about to read: the connections are closed next."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_PATIENCE)
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
     def keep_images(self, collection: str) -> None:
         """Have a collection keep images again."""
         if collection not in self._repairs:
-            task = asyncio.create_task(self._feed.keep_images(collection))
-            self._repairs[collection] = task
+            task = self._repairs[collection] = self.start(self._feed.keep_images(collection))
             task.add_done_callback(lambda _: self._repairs.pop(collection))
 
     def end_with(self, error: DataBridgeError) -> None:

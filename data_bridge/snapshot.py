@@ -5,6 +5,8 @@ https://www.mongodb.com/docs/manual/reference/read-concern-snapshot/
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,13 +15,22 @@ from bson import Timestamp
 from pymongo.errors import OperationFailure, PyMongoError
 
 from .driver import Driver
-from .errors import InvalidFilter, OperationFailed, SnapshotTooLarge, translated
+from .errors import (
+    InvalidFilter,
+    OperationFailed,
+    SnapshotTooLarge,
+    SnapshotUnavailable,
+    translated,
+)
 from .token import ResumeToken
 
 __all__ = ["Snapshot", "read_snapshot"]
 
 _BATCH = 5_000
 # What the server says of a filter or a sort that it cannot parse.
+# It cannot read a moment at which the collection was another one, or that is too long ago.
+_UNAVAILABLE = frozenset({239, 246})
+_PAUSE = 0.02
 _INVALID = frozenset({2, 9, 14, 15, 16410, 17287, 40352, 51024, 51091})
 
 
@@ -63,39 +74,53 @@ async def read_snapshot(
     command |= {"limit": limit or bound + 1, "batchSize": _BATCH}
     command["readConcern"] = {"level": "snapshot"} | ({"atClusterTime": at} if at else {})
     doing = f"read {driver.name}.{collection}"
-    try:
-        async with driver.session() as session:
-            reply = await driver.command(command, timeout=timeout, session=session)
-            cursor = reply["cursor"]
-            documents: list[dict[str, Any]] = cursor["firstBatch"]
-            time: Timestamp | None = cursor.get("atClusterTime")
-            while cursor["id"]:
-                more = {"getMore": cursor["id"], "collection": collection, "batchSize": _BATCH}
-                reply = await driver.command(more, timeout=timeout, session=session)
-                cursor = reply["cursor"]
-                documents += cursor["nextBatch"]
-    except OperationFailure as error:
-        if error.code in _INVALID:
-            raise InvalidFilter(
-                f"cannot {doing}: the server does not take the filter or the sort"
-            ) from error
-        raise translated(error, doing) from error
-    except (PyMongoError, TimeoutError, OSError) as error:
-        raise translated(error, doing) from error
+    until = time.monotonic() + timeout
+    while True:
+        try:
+            documents, moment = await _read(driver, command, timeout)
+            break
+        except OperationFailure as error:
+            if error.code in _INVALID:
+                raise InvalidFilter(
+                    f"cannot {doing}: the server does not take the filter or the sort"
+                ) from error
+            if error.code not in _UNAVAILABLE or time.monotonic() > until:
+                raise translated(error, doing) from error
+            if at is not None:
+                raise SnapshotUnavailable(f"cannot {doing} as of {at}") from error
+        except (PyMongoError, TimeoutError, OSError) as error:
+            raise translated(error, doing) from error
+        await asyncio.sleep(_PAUSE)  # the collection was just made, or dropped
     if limit is None and len(documents) > bound:
         raise SnapshotTooLarge(
             f"cannot {doing} live: more than {bound} documents match. Narrow the filter, give a "
             "sort and a limit, or raise Limits.snapshot_documents."
         )
-    if time is None:
+    if moment is None:
         if documents:
             raise OperationFailed(f"cannot {doing}: snapshots need MongoDB 5.0 or newer")
         # There is no such collection, and so no moment of it; nor was there one at the head.
-        time = head.cluster_time
+        moment = head.cluster_time
         if head.is_high_water or head.is_time:  # before all that happened at its time
-            time = _before(time)
+            moment = _before(moment)
     # The first moment that the snapshot does not contain.
-    return Snapshot(documents, ResumeToken.at(_after(time)), time)
+    return Snapshot(documents, ResumeToken.at(_after(moment)), moment)
+
+
+async def _read(
+    driver: Driver, command: dict[str, Any], timeout: float
+) -> tuple[list[dict[str, Any]], Timestamp | None]:
+    async with driver.session() as session:
+        reply = await driver.command(command, timeout=timeout, session=session)
+        cursor = reply["cursor"]
+        documents: list[dict[str, Any]] = cursor["firstBatch"]
+        moment: Timestamp | None = cursor.get("atClusterTime")
+        while cursor["id"]:
+            more = {"getMore": cursor["id"], "collection": command["find"], "batchSize": _BATCH}
+            reply = await driver.command(more, timeout=timeout, session=session)
+            cursor = reply["cursor"]
+            documents += cursor["nextBatch"]
+    return documents, moment
 
 
 def _before(time: Timestamp) -> Timestamp:

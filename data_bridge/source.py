@@ -10,7 +10,7 @@ import logging
 import random
 import struct
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -151,11 +151,14 @@ class Source:
         self._interrupted: float | None = None  # since when
         self._given = start is not None  # by a client: the server has not accepted it yet
         self._name = f"{driver.name}.{scope}"
+        self._reply: Reply | None = None  # what is handed over part by part
+        self._parts: Iterator[list[Entry]] | None = None
+        self._count = 0
 
     async def read(self, append: Callable[[Batch], None]) -> None:
-        """Hand over the next reply, a large one in several batches so that others get a turn.
+        """Hand over the next reply, or the next part of a large one, so that others get a turn.
 
-        The first reply is empty: it says where the cursor starts.
+        The first batch is empty: it says where the cursor starts.
 
         Raises:
             ResumeHistoryLost: the position is gone. The next call goes on from now.
@@ -166,10 +169,15 @@ class Source:
             if cursor is None:
                 append(await self._opened())
                 return
+            if self._parts is not None:
+                await asyncio.sleep(0)
+                await self._hand_over(append)
+                return
             patience = AWAIT_MS / 1000 + _GRACE * 2 ** min(self._failures, 4)
             reply = await cursor.read(patience)
             if reply is not None:
-                await self._hand_over(reply, append)
+                self._received(reply)
+                await self._hand_over(append)
         except Exception as error:  # classified: fatal ones are raised again as ours
             await self._failed(error, opening=cursor is None)
             return
@@ -181,21 +189,30 @@ class Source:
             return
         self._failures = 0
 
-    async def _hand_over(self, reply: Reply, append: Callable[[Batch], None]) -> None:
-        count = 0
+    def _received(self, reply: Reply) -> None:
         self.heard, self.cluster_time = time.monotonic(), reply.cluster_time or self.cluster_time
-        async for entries in _decoded(reply.documents):
-            count += len(entries)
+        self.exhausted = False
+        self._reply, self._parts, self._count = reply, _decoded(reply.documents), 0
+
+    async def _hand_over(self, append: Callable[[Batch], None]) -> None:
+        assert self._reply is not None and self._parts is not None
+        reply = self._reply
+        entries = next(self._parts, None)
+        if entries is not None:
+            self._count += len(entries)
             if self.lookups is not None:
                 await self.lookups.settle(entries)
             # The position moves with what was handed over, never ahead of it.
             self.position = ResumeToken.of(entries[-1].raw["_id"])
             append(Batch(self.position, entries))
+            if len(reply.documents) > _DECODE_BYTES:
+                return  # there may be more of it
+        self._reply = self._parts = None
         if self.position is None or reply.position > self.position:
             self.position = reply.position
             append(Batch(self.position))
         # A reply that is full, in number or in bytes, may have left something for the next.
-        self.exhausted = count < self._batch_size and len(reply.documents) < _FULL_BYTES
+        self.exhausted = self._count < self._batch_size and len(reply.documents) < _FULL_BYTES
         if self.exhausted and self.lookups is not None:
             self.lookups.exhausted()
 
@@ -247,6 +264,7 @@ class Source:
 
     async def _drop(self) -> None:
         cursor, self._cursor = self._cursor, None
+        self._reply = self._parts = None
         if cursor is not None:
             await cursor.close()
 
@@ -255,20 +273,16 @@ class Source:
         await self._drop()
 
 
-async def _decoded(documents: bytes) -> AsyncIterator[list[Entry]]:
-    """Entries of a reply, in slices that each take a few milliseconds to decode."""
+def _decoded(documents: bytes) -> Iterator[list[Entry]]:
+    """Entries of a reply, in parts that each take a few milliseconds to decode."""
     start = at = 0
     sizes: list[int] = []
     end = len(documents)
-    began = time.perf_counter()
     while at < end:
         (size,) = _length(documents, at)
         sizes.append(size)
         at += size
         if at - start >= _DECODE_BYTES or at == end:
-            slice_ = documents if at - start == end else documents[start:at]
-            yield [Entry(d, s) for d, s in zip(decode_all(slice_, CODEC), sizes, strict=True)]
+            part = documents if at - start == end else documents[start:at]
+            yield [Entry(d, s) for d, s in zip(decode_all(part, CODEC), sizes, strict=True)]
             start, sizes = at, []
-            if time.perf_counter() - began > 0.01:
-                await asyncio.sleep(0)
-                began = time.perf_counter()

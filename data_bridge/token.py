@@ -38,6 +38,7 @@ _TIMESTAMP = re.compile(r"Timestamp\(\s*(\d{1,10})\s*,\s*(\d{1,10})\s*\)")
 # A document's key is an object, 46 … 00: one that was cut short does not end as one. The number of
 # a fragment may follow, where an event was split.
 _KEY = re.compile(r"46(?:[0-9A-F]{2})*00(?:29|2B[0-9A-F]{2})?")
+_TIME = re.compile(r"82[0-9A-Fa-f]{16}")
 _HEX = re.compile(r"(?:[0-9A-Fa-f]{2})+")
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -50,10 +51,11 @@ class ResumeToken:
     the event id that travels as SSE ``id:`` and comes back as ``Last-Event-ID``.
     """
 
-    __slots__ = ("hex", "type_bits")
+    __slots__ = ("epoch", "hex", "type_bits")
 
-    def __init__(self, hex: str, type_bits: bytes = b"") -> None:
+    def __init__(self, hex: str, type_bits: bytes = b"", epoch: str = "") -> None:
         self.hex = hex
+        self.epoch = epoch  # of a live query: the feed whose documents were shown
         # Types that the sort key does not tell apart (an _id of 5 as int or as long).
         self.type_bits = type_bits
 
@@ -104,10 +106,15 @@ class ResumeToken:
             if max(seconds, increment) >= 2**32:
                 raise InvalidResumeToken("a timestamp has two numbers below 2**32")
             return cls.at(Timestamp(seconds, increment))
+        text, _, epoch = text.partition("~")
+        if _TIME.fullmatch(text):
+            return cls(text.upper(), b"", epoch)
         data, _, bits = text.partition(".")
         # Both parts have one form. A token in base64url starts with "g", which is no hex digit.
         decode = _from_hex if _HEX.fullmatch(data) else _from_base64url
-        return cls._checked(decode(data).hex().upper(), decode(bits) if bits else b"")
+        token = cls._checked(decode(data).hex().upper(), decode(bits) if bits else b"")
+        token.epoch = epoch
+        return token
 
     @classmethod
     def _checked(cls, hex: str, type_bits: bytes) -> ResumeToken:
@@ -158,7 +165,7 @@ class ResumeToken:
         return {"startAfter": self.document}
 
     def __str__(self) -> str:
-        return event_id(self.hex, self.type_bits)
+        return event_id(self.hex, self.type_bits, self.epoch)
 
     def __repr__(self) -> str:
         return f"ResumeToken({str(self)!r})"
@@ -173,14 +180,13 @@ class ResumeToken:
         return hash(self.hex)
 
 
-def event_id(hex: str, type_bits: bytes = b"") -> str:
+def event_id(hex: str, type_bits: bytes = b"", epoch: str = "") -> str:
     """The event id of a token: its hex while that is short, base64url beyond."""
-    if len(hex) == 18:
-        return str(Timestamp(int(hex[2:10], 16), int(hex[10:18], 16)))
-    if len(hex) + (2 * len(type_bits) + 1 if type_bits else 0) <= _PREFLIGHT:
-        return f"{hex}.{type_bits.hex().upper()}" if type_bits else hex
+    end = f"~{epoch}" if epoch else ""
+    if len(hex) + (2 * len(type_bits) + 1 if type_bits else 0) + len(end) <= _PREFLIGHT:
+        return f"{hex}.{type_bits.hex().upper()}{end}" if type_bits else hex + end
     packed = [bytes.fromhex(hex), type_bits] if type_bits else [bytes.fromhex(hex)]
-    return ".".join(base64.urlsafe_b64encode(p).decode().rstrip("=") for p in packed)
+    return ".".join(base64.urlsafe_b64encode(p).decode().rstrip("=") for p in packed) + end
 
 
 def _from_hex(part: str) -> bytes:

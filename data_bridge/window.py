@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left, insort
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+
+from bson import DBRef
 
 from .errors import DataBridgeError, ServerUnreachable
 from .log import RESET
-from .order import MISSING, key
-from .predicate import parts_of, values_at
+from .order import MISSING, Key, key
+from .predicate import parts_of
 from .query import NO_IMAGE, LiveEntry, Query
 from .question import Question
 from .router import WHOLE_COLLECTION, member_key
@@ -61,14 +63,34 @@ def sort_key(document: dict[str, Any], sort: Sequence[tuple[str, int]]) -> Row:
     for path, direction in sort:
         value: Any = document.get(path, MISSING) if "." not in path else None
         if "." in path or value.__class__ is list:
-            keys = [
-                key(v) for v in values_at(document, parts_of(path)) if v.__class__ is not list
-            ] or [_NO_ELEMENT]
+            keys = _keys(document, parts_of(path))
             found = min(keys) if direction > 0 else max(keys)
         else:
             found = key(value)
         row.append(found if direction > 0 else _Descending(found))
     return tuple(row)
+
+
+def _keys(value: Any, parts: Sequence[str]) -> Iterator[Key]:
+    """The keys that an index on a path has for a document."""
+    for index, part in enumerate(parts):
+        if value.__class__ is list:
+            if part.isascii() and part.isdigit() and int(part) < len(value):
+                yield from _keys(value[int(part)], parts[index + 1 :])
+                return
+            for element in value:
+                nested = isinstance(element, (dict, DBRef))
+                yield from _keys(element if nested else {}, parts[index:])
+            if value:
+                return
+        value = value.as_doc() if value.__class__ is DBRef else value
+        value = value.get(part, MISSING) if isinstance(value, dict) else MISSING
+    if value.__class__ is not list:
+        yield key(value)
+    elif value:
+        yield from map(key, value)
+    else:
+        yield _NO_ELEMENT
 
 
 class Window:
@@ -165,11 +187,11 @@ class Ranked(Query):
             lambda member: router.joined(self, member),
             lambda member: router.left(self, member),
         )
-        self._waiting: list[Entry] | None = []  # while the window is being read
+        # While the window is being read; the changes since are in the feed's log.
         self._filling: asyncio.Task[None] | None = None
         super().__init__(driver, router, question, limits)
         self.members = self.window.documents
-        self._filling = asyncio.create_task(self._fill())
+        self._filling = self.start(self._fill())
 
     async def ready(self) -> None:
         """Wait until there is something to show.
@@ -188,9 +210,7 @@ class Ranked(Query):
         return Snapshot(documents, self.log.head)
 
     def add(self, entry: Entry) -> None:
-        if self._waiting is not None and entry.operation not in WHOLE_COLLECTION:
-            self._waiting.append(entry)
-        else:
+        if self._filling is None or entry.operation in WHOLE_COLLECTION:
             super().add(entry)
 
     def apply(self, entry: Entry) -> None:
@@ -207,8 +227,7 @@ class Ranked(Query):
         self.window.put(member, after if matches else None)
         self._tell(entry, before, {member: entry})
         if self.window.short:
-            self._waiting = []
-            self._filling = asyncio.create_task(self._fill(entry))
+            self._filling = self.start(self._fill(entry))
 
     def _tell(
         self, entry: Entry, before: list[Hashable], changed: dict[Hashable, Entry | None]
@@ -242,24 +261,12 @@ class Ranked(Query):
     _ids: dict[Hashable, Any] = {}  # noqa: RUF012 (replaced, never changed)
 
     async def _fill(self, cause: Entry | None = None) -> None:
-        question, window = self.question, self.window
-        wanted = window.limit + window.spare
-        sort = dict(question.sort)
-        sort.setdefault("_id", 1)
-        while not self.closed:
+        window = self.window
+        changes: list[Entry] | None = None
+        while changes is None and not self.closed:
             try:
-                snapshot = await read_snapshot(
-                    self.driver,
-                    question.collection,
-                    question.filter.query,
-                    sort=sort,
-                    limit=wanted,
-                    projection=question.projection,
-                    bound=wanted,
-                    timeout=self.limits.timeout,
-                    head=self.log.head,
-                )
-                break
+                snapshot = await self._read_window()
+                changes = self._router.since(snapshot.position, self.question.collection)
             except ServerUnreachable as error:
                 if cause is None:  # whoever is about to be shown it would rather know
                     self.fail(error)
@@ -267,23 +274,36 @@ class Ranked(Query):
                     await asyncio.sleep(_PAUSE)
             except DataBridgeError as error:
                 self.fail(error)
-        if self.closed:
+        if changes is None or self.closed:
             return
         documents = snapshot.documents
         before, known = window.seen(), dict(window.documents)
-        window.fill(documents, complete=len(documents) < wanted)
+        window.fill(documents, complete=len(documents) < window.limit + window.spare)
         changed = {m: None for m, d in window.documents.items() if known.get(m) != d}
         if cause is None:
             self._ids = {m: window.documents[m]["_id"] for m in window.seen()}
         else:
             self._tell(_marked(snapshot.position), before, {**changed})
         self.since = max(self.since, snapshot.position.hex)
-        waiting, self._waiting = self._waiting, None
         self._filling = None
-        for entry in waiting or ():
-            # The snapshot holds what happened before it.
-            if entry.token > snapshot.position.hex:
-                self.add(entry)
+        for entry in changes:
+            self.add(entry)  # unless it has run short once more
+
+    async def _read_window(self) -> Snapshot:
+        question, wanted = self.question, self.window.limit + self.window.spare
+        sort = dict(question.sort)
+        sort.setdefault("_id", 1)
+        return await read_snapshot(
+            self.driver,
+            question.collection,
+            question.filter.query,
+            sort=sort,
+            limit=wanted,
+            projection=question.projection,
+            bound=wanted,
+            timeout=self.limits.timeout,
+            head=self.log.head,
+        )
 
 
 def _marked(position: ResumeToken) -> Entry:

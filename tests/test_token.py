@@ -62,7 +62,9 @@ def test_a_cluster_time_and_its_text_are_a_position(position: object) -> None:
     token = ResumeToken.parse(position)  # type: ignore[arg-type]
     assert token.is_time
     assert token.start == {"startAtOperationTime": Timestamp(1795494643, 10)}
-    assert str(token) == "Timestamp(1795494643, 10)"
+    # as an id without parentheses, for which another origin would have to be asked first
+    assert str(token) == "826B0512F30000000A"
+    assert ResumeToken.parse(str(token)) == token
 
 
 def test_a_token_starts_after_itself_even_if_it_is_an_invalidate() -> None:
@@ -124,3 +126,12 @@ def test_a_refusal_does_not_repeat_what_was_sent() -> None:
     with pytest.raises(InvalidResumeToken) as refused:
         ResumeToken.parse("<script>" * 10)
     assert "script" not in str(refused.value)
+
+
+def test_a_live_querys_epoch_travels_with_its_position_and_counts_in_no_comparison() -> None:
+    token = ResumeToken(INSERT, epoch="a-_9")
+
+    assert str(token) == f"{INSERT}~a-_9"
+    assert ResumeToken.parse(str(token)).epoch == "a-_9"
+    assert ResumeToken.parse(str(token)) == ResumeToken(INSERT)
+    assert ResumeToken.parse("826B0512F30000000A~a-_9").is_time

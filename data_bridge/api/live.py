@@ -27,7 +27,7 @@ from ..live import LiveEvent, LiveStream, Part
 from ..log import RESET
 from ..order import key
 from ..query import LiveEntry
-from ..token import ResumeToken
+from ..token import ResumeToken, event_id
 from .encoder import one_line_json
 
 if TYPE_CHECKING:
@@ -49,7 +49,10 @@ _INVALID = b'null,"error":"the document does not fit its model"'
 class LiveEncoder:
     """Makes the frames of live queries, the same for everybody who looks at the same."""
 
-    def __init__(self, models: tuple[tuple[str, Any], ...], resumable: bool) -> None:
+    def __init__(
+        self, models: tuple[tuple[str, Any], ...], resumable: bool, epoch: str = ""
+    ) -> None:
+        self._epoch = epoch
         self._models = dict(models)
         self._only = models[0] if len(models) == 1 else None
         self._resumable = resumable
@@ -67,7 +70,11 @@ class LiveEncoder:
             document = _document(model, entry.document) or _INVALID
         name = entry.operation.encode()
         # Whoever is cut between two frames of one change sees both again.
-        id = b"id: %b\n" % str(entry.position).encode() if self._resumable and entry.last else b""
+        id = b""
+        if self._resumable and entry.last:
+            token = entry.raw["_id"]
+            position = event_id(entry.token, token.get("_typeBits", b""), self._epoch)
+            id = b"id: %b\n" % position.encode()
         data = one_line_json(
             b'{%b"operation":"%b","id":%b,"document":%b}'
             % (tag, name, to_json(entry.id, fallback=json_ready), document)
@@ -95,14 +102,14 @@ class LiveEncoder:
 
 
 @lru_cache(256)
-def _shared(models: tuple[tuple[str, Any], ...], resumable: bool) -> LiveEncoder:
-    return LiveEncoder(models, resumable)
+def _shared(models: tuple[tuple[str, Any], ...], resumable: bool, epoch: str) -> LiveEncoder:
+    return LiveEncoder(models, resumable, epoch)
 
 
 def live_encoder(stream: LiveStream[Any]) -> LiveEncoder:
     """What makes frames of the events of a stream."""
     models = tuple((part.question.collection, part.model) for part in stream.parts)
-    return _shared(models, stream.resumable)
+    return _shared(models, stream.resumable, stream.epoch)
 
 
 def _document(model: Any, document: dict[str, Any]) -> bytes | None:
@@ -161,7 +168,7 @@ class Authorized:
 
     async def wait(self) -> None:
         encoder = _shared(
-            tuple((p.question.collection, p.model) for p in self._stream.parts), False
+            tuple((p.question.collection, p.model) for p in self._stream.parts), False, ""
         )
         while not self._frames:
             event = self._stream.next_event()

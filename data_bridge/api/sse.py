@@ -88,14 +88,8 @@ class EventSourceResponse(Response):
         self._event, self._data, self._id = event, data, id
         if isinstance(event, str):
             one_line("event", event, "\r\n")
-        self.encoder: Any = None
-        if isinstance(content, ChangeStream):
-            self.encoder = change_encoder(content, event, data, id)
-        elif isinstance(content, LiveStream | Authorized):
-            if not event is data is id is None:
-                raise TypeError("event=, data= and id= are for watch(); a live query has its own")
-            if isinstance(content, LiveStream):
-                self.encoder = live_encoder(content)
+        if isinstance(content, LiveStream | Authorized) and not event is data is id is None:
+            raise TypeError("event=, data= and id= are for watch(); a live query has its own")
         self.owner = owner
         self.body = b""
         automatic = {
@@ -121,9 +115,10 @@ class EventSourceResponse(Response):
             await content.open()
             if first := self.opening(content):
                 yield first
+            encoder = self.encoder
             while True:
                 while content.pending:
-                    for frame in content.take(self.encoder).split(b"\n\n")[:-1]:
+                    for frame in content.take(encoder).split(b"\n\n")[:-1]:
                         yield frame + b"\n\n"
                 try:
                     await content.wait()
@@ -131,6 +126,13 @@ class EventSourceResponse(Response):
                     return
         finally:
             await content.aclose()
+
+    @property
+    def encoder(self) -> Any:
+        """What makes the frames; known once the content is open."""
+        if isinstance(self.content, ChangeStream):
+            return change_encoder(self.content, self._event, self._data, self._id)
+        return live_encoder(self.content) if isinstance(self.content, LiveStream) else None
 
     def opening(self, content: Frames) -> bytes:
         """The first frame: where the stream starts, so that no cut is too early to resume from."""
