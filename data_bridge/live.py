@@ -236,6 +236,10 @@ class LiveStream(Generic[M]):
         """Go on after this position, if that is possible; before the stream is open."""
         self._start = position
 
+    def start_fresh(self) -> None:
+        """Show nothing older than the present; before the stream is open."""
+        self._seen_until = asyncio.get_running_loop().time()
+
     async def open(self) -> None:
         """Find the place to go on from, or read what matches."""
         if self._closed:
@@ -320,8 +324,7 @@ class LiveStream(Generic[M]):
 
     def _start_over(self) -> None:
         self._reset, self._to_show, self._to_find = "history lost", True, False
-        # What was seen may be newer than the snapshot that others share.
-        self._seen_until = asyncio.get_running_loop().time()
+        self.start_fresh()  # what was seen may be newer than the snapshot that others share
 
     async def _wait_for_news(self) -> None:
         self._news = future = asyncio.get_running_loop().create_future()

@@ -21,7 +21,7 @@ import pytest
 from bson import ObjectId
 from conftest import opened
 from pymongo import AsyncMongoClient
-from pymongo.errors import OperationFailure
+from pymongo.errors import CollectionInvalid, OperationFailure
 
 from data_bridge import Document, Limits, connect
 from data_bridge.api.live import live_encoder
@@ -86,6 +86,7 @@ class Client:
             self.tokens.clear()
             self.since = event.id
         elif event.event == "reset":
+            assert event.id == self.last_id, "the rows are those of the id from before"
             self.resets += 1
             self.pending = None
         else:
@@ -167,7 +168,7 @@ class Storm:
 
     async def _recreate(self, database: Any) -> None:
         if self.model is Imaged:
-            with contextlib.suppress(OperationFailure):  # another writer was first
+            with contextlib.suppress(OperationFailure, CollectionInvalid):  # another writer was first
                 await database.create_collection(
                     "imaged", changeStreamPreAndPostImages={"enabled": True}
                 )

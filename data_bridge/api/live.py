@@ -96,9 +96,12 @@ class LiveEncoder:
         return b'event: ready\n%bdata: {"total":%d}\n\n' % (id, total)
 
     def reset(self, reason: str) -> bytes:
-        """What came before is void. The empty id makes a browser forget the one it has."""
-        id = b"id: \n" if self._resumable else b""
-        return b'event: reset\n%bdata: {"reason":%b}\n\n' % (id, to_json(reason))
+        """What came before is no base to go on from, and a snapshot follows.
+
+        Without an id: whoever is cut before the snapshot is complete still has the rows of the id
+        from before, and that the server must know.
+        """
+        return b'event: reset\ndata: {"reason":%b}\n\n' % to_json(reason)
 
 
 @lru_cache(256)
@@ -160,6 +163,7 @@ class Authorized:
         """It starts with a snapshot, always."""
 
     async def open(self) -> None:
+        self._stream.start_fresh()  # its rows may be newer than what others share
         await self._stream.open()
 
     def take(self, encoder: Any) -> bytes:
