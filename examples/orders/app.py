@@ -194,16 +194,22 @@ def some_order() -> Order:
 def morning(rate: float) -> list[Order]:
     """What was sold in the three minutes before anybody looked."""
     orders: list[Order] = []
-    seconds = 180.0
-    while seconds > 0 and len(orders) < KEPT:
+    seconds = random.expovariate(rate)
+    while seconds < 180 and len(orders) < KEPT:
         order = some_order()
         order.created = order.updated = now() - timedelta(seconds=seconds)
-        order.status = random.choice((Status.SHIPPED,) * 9 + (Status.CANCELLED,))
+        recent = len(orders) < 20
+        order.status = random.choice(
+            OPEN if recent else (Status.SHIPPED,) * 9 + (Status.CANCELLED,)
+        )
         orders.append(order)
-        seconds -= random.expovariate(rate)
-    for order in orders[-20:]:
-        order.status = random.choice(OPEN)
-    return orders
+        seconds += random.expovariate(rate)
+    return orders[::-1]
+
+
+def try_it(address: str) -> str:
+    """The orders in a terminal."""
+    return f"curl -N {address}/orders/live"
 
 
 app = create_app(os.environ.get("DATABASE", "mongodb://localhost:27017/shop"))
