@@ -168,7 +168,8 @@ class Storm:
 
     async def _recreate(self, database: Any) -> None:
         if self.model is Imaged:
-            with contextlib.suppress(OperationFailure, CollectionInvalid):  # another writer was first
+            # Another writer may have been first.
+            with contextlib.suppress(OperationFailure, CollectionInvalid):
                 await database.create_collection(
                     "imaged", changeStreamPreAndPostImages={"enabled": True}
                 )

@@ -247,7 +247,6 @@ class LiveConnection {
   #frames = new Frames(() => () => [this]);
   #heeded = new Set(); // event types that this module does not know
   #source = null;
-  #mayResume = false; // the browser would send an id if it reconnected this source by itself
   #opened = false; // there was a connection before
   #ended = false; // close() was called
   #loading = false; // a snapshot is on its way, or about to be
@@ -348,7 +347,6 @@ class LiveConnection {
   // -- the stream -------------------------------------------------------------------------------
 
   #receive({ type, data: text, lastEventId }) {
-    if (lastEventId) this.#mayResume = true;
     clearTimeout(this.#settleTimer);
     let rows;
     let applied;
@@ -376,8 +374,7 @@ class LiveConnection {
       return {};
     }
     if (type === "reset") {
-      this.#lastEventId = ""; // a cut from here on starts over: there is nothing to resume from
-      this.#begin();
+      this.#begin(); // the rows stay those of the last id, which is asked for again after a cut
       this.#become("loading");
       return {};
     }
@@ -422,7 +419,6 @@ class LiveConnection {
     const Source = this.#options.EventSource ?? globalThis.EventSource;
     const source = new Source(this.#address(), { withCredentials: this.#options.withCredentials });
     this.#source = source;
-    this.#mayResume = this.#lastEventId !== "";
     // `event: open` and `event: error` in the stream have data; the browser's own events have none.
     source.addEventListener("open", (event) => {
       if (source !== this.#source || event.data !== undefined) return;
@@ -470,8 +466,6 @@ class LiveConnection {
     clearTimeout(this.#settleTimer);
     this.#become(this.#opened ? "reconnecting" : "connecting", this.#error);
     if (source.readyState === 2) this.#askWhy(); // closed for good, as far as the browser goes
-    // The browser reconnects by itself, but with an id that a reset has made worthless.
-    else if (this.#mayResume && !this.#lastEventId) this.#later();
   }
 
   // EventSource does not tell the status that closed it, so ask again and look.
