@@ -675,3 +675,17 @@ async def test_a_handler_with_annotated_arguments_streams() -> None:
         async with client.stream("GET", "/?n=3", headers=headers) as response:
             assert [e.data async for e in events(response)] == ["3"]
         assert (await client.get("/?n=x", headers={"Last-Event-ID": "y"})).status_code == 422
+
+
+async def test_an_application_with_a_live_query_serves_the_browser_module() -> None:
+    app = App()
+    app.live("/orders/live", AppOrder)
+    app.live("/orders/open", AppOrder, filter={"status": "open"})
+
+    response = await answer(app, url="/data-bridge/live.js")
+
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/javascript")
+    assert "export function live(" in response.text
+    assert (await answer(app, url="/data-bridge/live.d.ts")).status_code == 200
+    assert (await answer(app, url="/data-bridge/nothing.js")).status_code == 404

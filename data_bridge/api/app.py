@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic_core import SchemaSerializer
@@ -18,6 +19,7 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
+from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from .. import errors
@@ -39,6 +41,7 @@ Handler = TypeVar("Handler", bound=Callable[..., Any])
 logger = logging.getLogger("data_bridge.api")
 
 _NO_BODY = frozenset({204, 205, 304})
+_STATIC = Path(__file__).parent.parent / "static"
 
 
 class App(Starlette):
@@ -78,6 +81,7 @@ class App(Starlette):
             lifespan = asynccontextmanager(lifespan)
         self._lifespan = lifespan
         self._bridge: Bridge | None = None
+        self._serves_module = False
         self.max_body = max_body
         super().__init__(
             debug=debug,
@@ -171,6 +175,9 @@ class App(Starlette):
     ) -> None:
         """Serve a live query of a model at a path: what matches now, and every change after.
 
+        The browser's side of it is a module that the application serves from then on:
+        ``import { live } from "/data-bridge/live.js"``.
+
         Args:
             filter: a MongoDB filter; or a function of the request, plain or async, that gives one
                 or refuses with an HTTPException (401, 403) or a PermissionError. One that gives
@@ -194,6 +201,9 @@ class App(Starlette):
             **options,
         )
         self.add_route(path, endpoint, methods=["GET"], name=name or path.strip("/"))
+        if not self._serves_module:
+            self._serves_module = True
+            self.mount("/data-bridge", StaticFiles(directory=_STATIC), name="data-bridge")
 
     def _declare(
         self, method: str, path: str, status_code: int, name: str | None
