@@ -27,7 +27,7 @@ from .feed import Feed
 from .filter import Filter
 from .live import LiveStream, Part
 from .log import Limits
-from .question import projection_of, question_of
+from .question import merged_projection, projection_of, question_of
 from .source import Scope, canonical
 from .stream import ChangeStream, Wishes
 from .token import ResumeToken
@@ -178,7 +178,7 @@ class Bridge:
             questions = [replace(part.question, images=False) for part in parts]
             parts = tuple(replace(p, question=q) for p, q in zip(parts, questions, strict=True))
         names = sorted(part.question.collection for part in parts)
-        stages = [
+        stages: list[Any] = [
             {
                 "$match": {
                     "$or": [
@@ -189,6 +189,8 @@ class Bridge:
                 }
             }
         ]
+        if any(part.question.fields is not None for part in parts):
+            stages.append(merged_projection([part.question for part in parts]))
         return LiveStream(self, self._live_scope(None, images, stages), parts)
 
     @staticmethod

@@ -659,11 +659,13 @@ def merge(first: LiveStream[M], second: LiveStream[N], *more: LiveStream[Any]) -
     ``collection`` where it belongs. The snapshots are all of one moment.
 
     Raises:
-        ModelInvalid: two are of one collection, or one has a limit.
+        ModelInvalid: two are of one collection, or of two databases, or one has a limit.
     """
     streams: tuple[LiveStream[Any], ...] = (first, second, *more)
     parts = tuple(part for stream in streams for part in stream.parts)
     names = [part.question.collection for part in parts]
+    if any(stream.bridge is not first.bridge for stream in streams):
+        raise ModelInvalid("merge() takes live queries of one database")
     if len(set(names)) < len(names):
         raise ModelInvalid(f"merge() takes one live query of each collection, not {names}")
     if any(part.question.limit is not None for part in parts):

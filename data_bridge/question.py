@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
@@ -98,6 +98,46 @@ def projection_of(question: Question) -> dict[str, Any]:
         before = {"_id", *question.filter.fields}
         kept |= dict.fromkeys((f"fullDocumentBeforeChange.{field}" for field in sorted(before)), 1)
     return {"$project": kept}
+
+
+def merged_projection(questions: Sequence[Question]) -> dict[str, Any]:
+    """``projection_of`` for the events of several collections on one cursor."""
+    branches = []
+    for question in questions:
+        if question.fields is None:
+            continue
+        before = ["_id", *question.filter.fields]
+        kept: dict[str, Any] = {name: f"${name}" for name in ("_id", *_KEPT)}
+        kept["fullDocument"] = _picked("$fullDocument", _tree(question.fields))
+        kept["fullDocumentBeforeChange"] = _picked("$fullDocumentBeforeChange", _tree(before))
+        case = {"$eq": ["$ns.coll", question.collection]}
+        branches.append({"case": case, "then": kept})
+    return {"$replaceWith": {"$switch": {"branches": branches, "default": "$$ROOT"}}}
+
+
+Tree = dict[str, "Tree"]
+
+
+def _tree(paths: Iterable[str]) -> Tree:
+    tree: Tree = {}
+    for path in paths:
+        inner = tree
+        for part in path.split("."):
+            inner = inner.setdefault(part, {})
+    return tree
+
+
+def _picked(value: str, tree: Tree) -> Any:
+    """An expression for some fields of a document, or of each document of an array."""
+    if not tree:
+        return value
+    each = {name: _picked(f"{value}.{name}", inner) for name, inner in tree.items()}
+    document = {"$cond": [{"$eq": [{"$type": value}, "object"]}, each, "$$REMOVE"]}
+    if "." not in value:
+        return document
+    name = f"e{value.count('.')}"
+    elements = {"$map": {"input": value, "as": name, "in": _picked(f"$${name}", tree)}}
+    return {"$cond": [{"$isArray": value}, elements, document]}
 
 
 # -- views --------------------------------------------------------------------------------------

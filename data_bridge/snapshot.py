@@ -27,11 +27,11 @@ from .token import ResumeToken
 __all__ = ["Snapshot", "read_snapshot"]
 
 _BATCH = 5_000
-# What the server says of a filter or a sort that it cannot parse.
 # It cannot read a moment at which the collection was another one, or that is too long ago.
 _UNAVAILABLE = frozenset({239, 246})
 _PAUSE = 0.02
-_INVALID = frozenset({2, 9, 14, 15, 16410, 17287, 40352, 51024, 51091})
+# What the server says of a filter or a sort that it cannot parse, or has no index for.
+_INVALID = frozenset({2, 9, 14, 15, 27, 139, 168, 291, 16410, 17287, 40352, 51024, 51091})
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,9 @@ async def read_snapshot(
     while True:
         try:
             documents, moment = await _read(driver, command, timeout)
-            break
+            # The server forgets to say which moment it was when it runs JavaScript the first time.
+            if moment is not None or not documents or time.monotonic() > until:
+                break
         except OperationFailure as error:
             if error.code in _INVALID:
                 raise InvalidFilter(
@@ -90,7 +92,7 @@ async def read_snapshot(
                 raise SnapshotUnavailable(f"cannot {doing} as of {at}") from error
         except (PyMongoError, TimeoutError, OSError) as error:
             raise translated(error, doing) from error
-        await asyncio.sleep(_PAUSE)  # the collection was just made, or dropped
+        await asyncio.sleep(_PAUSE)  # else the collection was just made, or dropped
     if limit is None and len(documents) > bound:
         raise SnapshotTooLarge(
             f"cannot {doing} live: more than {bound} documents match. Narrow the filter, give a "

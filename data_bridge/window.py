@@ -75,7 +75,7 @@ def _keys(value: Any, parts: Sequence[str]) -> Iterator[Key]:
     """The keys that an index on a path has for a document."""
     for index, part in enumerate(parts):
         if value.__class__ is list:
-            if part.isascii() and part.isdigit() and int(part) < len(value):
+            if part.isdecimal() and part == str(int(part)) and int(part) < len(value):
                 yield from _keys(value[int(part)], parts[index + 1 :])
                 return
             for element in value:
