@@ -1,6 +1,7 @@
 # make demo    a shop, a live dashboard and a database of its own; Ctrl-C ends all of it
+#              EXAMPLE=tracking: parcels that their owners follow; URI=mongodb://… your database
 # make test    the linters, the type checker and every test
-# make bench   the benchmarks, side by side with other ways of doing the same
+# make bench   a benchmark, side by side with other ways of doing the same; BENCH=drain: another
 #
 # Each sets up what it needs in .venv the first time, and again when pyproject.toml changes.
 
@@ -8,6 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PORT ?= 8000
 RATE ?= 2
+EXAMPLE ?= orders
 URI ?=
 WORKERS ?= 2
 ARGS ?=
@@ -19,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo
-	@exec $(BIN)/data-bridge demo --port $(PORT) --rate $(RATE) $(if $(URI),--uri '$(URI)') $(ARGS)
+	@exec $(BIN)/data-bridge demo $(EXAMPLE) --port $(PORT) --rate $(RATE) $(if $(URI),--uri '$(URI)') $(ARGS)
 
 test: lint
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
@@ -34,7 +36,7 @@ format: $(VENV)/.dev
 	@$(BIN)/ruff format --quiet
 
 bench: $(VENV)/.dev
-	@$(BIN)/python benchmarks/run.py $(ARGS)
+	@$(BIN)/python -m benchmarks.$(or $(BENCH),fanout) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
 """The command ``data-bridge``: a demo, a change stream in the terminal, and a check-up.
 
 data-bridge demo                              a shop, a dashboard, a database: nothing to set up
+data-bridge demo tracking                     parcels that their owners follow, signed in
 data-bridge tail mongodb://…/shop.orders      every change, as a line of JSON
 data-bridge doctor mongodb://…/shop           whether changes can be watched there, or why not
 """
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+EXAMPLES = {"orders": "dashboard", "tracking": "parcels"}  # and what their pages show
 PORTS_TO_TRY = 50
 OPLOG_MB = 512  # of the demo's database: it may run for days, and its disk use stays bounded
 
@@ -81,9 +83,16 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="a shop that writes orders, and a live dashboard of them",
+        help="a shop that writes orders, and a live page of them",
         description="Starts a MongoDB replica set, a shop that writes orders and a dashboard that "
         "shows them live. Ctrl-C ends all of it and leaves nothing behind.",
+    )
+    demo.add_argument(
+        "example",
+        nargs="?",
+        choices=EXAMPLES,
+        default="orders",
+        help="a dashboard of orders, or parcels that their owners follow (%(default)s)",
     )
     demo.add_argument(
         "--uri",
@@ -101,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         "--rate",
         type=_rate,
         default=2.0,
-        help="orders per second; 0: the shop stays closed (%(default)s)",
+        help="orders, or moves, per second; 0: the shop stays closed (%(default)s)",
     )
     demo.set_defaults(run=_demo)
 
@@ -188,7 +197,7 @@ def _demo(options: argparse.Namespace) -> int:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise _Refused("the demo needs a web server: pip install 'data-bridge[demo]'") from error
-    shop = _orders()
+    shop = _example(options.example)
     try:
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(_listen(options.host, options.port))
@@ -206,16 +215,16 @@ def _demo(options: argparse.Namespace) -> int:
     return 0
 
 
-def _orders() -> ModuleType:
-    """The example application: inside an installed package, beside it in a checkout."""
+def _example(which: str) -> ModuleType:
+    """An example application: inside an installed package, beside it in a checkout."""
     here = Path(__file__).parent
-    for directory in (here / "examples" / "orders", here.parent / "examples" / "orders"):
-        path = directory / "app.py"
+    for examples in (here / "examples", here.parent / "examples"):
+        path = examples / which / "app.py"
         if path.is_file():
             break
     else:
-        raise _Refused("the example application examples/orders is missing from this installation")
-    name = "data_bridge_examples_orders"
+        raise _Refused(f"the application examples/{which} is missing from this installation")
+    name = f"data_bridge_examples_{which}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -266,8 +275,8 @@ async def _serve(
     async def announce() -> None:
         while not server.started:  # noqa: ASYNC110  uvicorn has no event for it
             await asyncio.sleep(0.02)
-        _say(f"\n  The dashboard:    {address}")
-        _say(f"  From a terminal:  curl -N {address}/orders/live")
+        _say(f"\n  {f'The {EXAMPLES[options.example]}:':<18}{address}")
+        _say(f"  From a terminal:  {shop.try_it(address)}")
         _say(f"  The database:     {_without_password(uri)}\n")
         _say("Ctrl-C stops everything.")
 

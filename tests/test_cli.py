@@ -149,7 +149,7 @@ def test_passwords_are_not_printed() -> None:
 # -- demo ---------------------------------------------------------------------------------------
 
 
-def first_events(url: str, count: int) -> list[str]:
+def first_events(url: str | urllib.request.Request, count: int) -> list[str]:
     """The data of the first events of a stream."""
     found: list[str] = []
     with urllib.request.urlopen(url, timeout=30) as response:
@@ -182,6 +182,21 @@ def test_the_demo_streams_orders_and_leaves_nothing_behind(
     assert "Stopped." in said
     assert processes_of(str(directory)) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_of_parcels_prints_how_to_follow_one_customers(
+    mongo: Client, database_name: str, database_uri: str
+) -> None:
+    with running("demo", "tracking", "--port", "0", "--rate", "20", "--uri", database_uri) as demo:
+        address = until(demo, r"parcels: +(http://127\.0\.0\.1:\d+)$")[1]
+        cookie, url = until(demo, r"curl -N -b (\S+) (\S+)$").groups()
+        assert url == f"{address}/my/parcels"
+        request = urllib.request.Request(url, headers={"Cookie": cookie})
+        ready, *_ = (json.loads(data) for data in first_events(request, 3))
+        assert all("margin" not in parcel for parcel in ready["documents"])
+        demo.send_signal(signal.SIGTERM)
+        assert "Traceback" not in rest(demo)
+        assert demo.wait(20) == 0
 
 
 def test_a_demo_that_is_interrupted_while_it_starts_leaves_nothing_behind(tmp_path: Path) -> None:

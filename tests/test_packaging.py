@@ -73,18 +73,18 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_the_wheel_contains_every_file_of_the_package_and_the_example(wheel: Path) -> None:
+def test_the_wheel_contains_every_file_of_the_package_and_the_examples(wheel: Path) -> None:
     expected = {
         str(path.relative_to(base))
-        for base, top in ((ROOT, "data_bridge"), (ROOT / "examples", "orders"))
+        for base, top in ((ROOT, "data_bridge"), (ROOT, "examples"))
         for path in (base / top).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    expected = {re.sub(r"^orders/", "data_bridge/examples/orders/", name) for name in expected}
+    expected = {re.sub("^examples/", "data_bridge/examples/", name) for name in expected}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == expected
     assert "data_bridge/py.typed" in names
-    assert "data_bridge/examples/orders/app.py" in names
+    assert "data_bridge/examples/tracking/app.py" in names
 
 
 def test_the_source_distribution_contains_the_tests_and_nothing_local(built: Path) -> None:
@@ -103,13 +103,14 @@ def test_the_wheel_declares_its_command_its_plugin_and_its_types(wheel: Path) ->
     assert "data_bridge = data_bridge.testing.plugin" in text
 
 
-def test_the_installed_command_finds_its_example(installed: Path) -> None:
+@pytest.mark.parametrize("example", cli.EXAMPLES)
+def test_the_installed_command_finds_its_example(installed: Path, example: str) -> None:
     script = (
         "from data_bridge import cli; from pathlib import Path;"
-        "print(Path(cli._orders().__file__).relative_to(Path.cwd()))"
+        f"print(Path(cli._example({example!r}).__file__).relative_to(Path.cwd()))"
     )
     printed = run(sys.executable, "-c", script, cwd=installed, PYTHONPATH=str(installed))
-    assert printed.strip() == "data_bridge/examples/orders/app.py"
+    assert printed.strip() == f"data_bridge/examples/{example}/app.py"
     version = run(installed / "bin" / "data-bridge", "--version", PYTHONPATH=str(installed))
     assert version == f"data-bridge {PROJECT['version']}\n"
 
