@@ -84,6 +84,11 @@ class CatchUps:
         self._lost = ""  # no position up to this token has a history any more
         self._closed = False
 
+    @property
+    def running(self) -> int:
+        """How many of them are open now."""
+        return len(self._running)
+
     async def attach(self, position: ResumeToken, *, patient: bool) -> tuple[Log, int]:
         """A log that has, or will have, what follows the position; its cursor is open.
 
@@ -136,7 +141,6 @@ class CatchUps:
         since = ResumeToken.at(Timestamp(max(0, position.cluster_time.time - _NEAR), 0)).hex
         start = min(p for p in self._wanted.values() if since <= p.hex <= position.hex)
         log = Log(start, self._limits)
-        log.patient = True
         self._running[log] = asyncio.Event()
         task = asyncio.create_task(self._run(log, start), name=f"data-bridge catch-up {start}")
         self._tasks.add(task)
@@ -172,13 +176,18 @@ class CatchUps:
                 self._slots.announce()  # some may wait for what comes next
 
         try:
-            while not opened.is_set():
+            while not opened.is_set() and not self._closed:
                 await source.read(append)
-            while not self._met(log, source):
+            while not self._closed and not self._met(log, source):
+                # A reply may be larger than a log: what it brings stays until somebody has read it,
+                # who would otherwise begin again for ever.
+                log.kept = log.end
                 await source.read(append)
-                async with asyncio.timeout(_IDLE):
-                    await log.wanted.wait()
-            log.finish()
+                if not self._met(log, source):
+                    async with asyncio.timeout(_IDLE):
+                        await log.wanted.wait()
+            if not self._closed:
+                log.finish()
         except TimeoutError:
             log.finish()
         except DataBridgeError as fatal:

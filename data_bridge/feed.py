@@ -61,13 +61,15 @@ class Feed:
         # Positions of live queries without images are good for this feed only; others may have
         # looked up later states of the documents.
         self.epoch = secrets.token_urlsafe(3)
+        self.slow_readers = 0  # subscribers that were closed because they took nothing
+        self.name = f"{driver.name}.{scope}"
         self.router: Router | None = None  # for live queries, told of everything appended
         self._driver = driver
         self.limits = limits
         self._closed = closed
         self._loop = asyncio.get_running_loop()
-        self._source = Source(driver, scope, timeout=limits.timeout)
-        self._catch_ups = CatchUps(driver, scope, limits, slots, self._floor)
+        self.source = Source(driver, scope, timeout=limits.timeout)
+        self.catch_ups = CatchUps(driver, scope, limits, slots, self._floor)
         self._lost: ResumeHistoryLost | None = None
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._linger: asyncio.TimerHandle | None = None
@@ -115,7 +117,7 @@ class Feed:
         seq = log.seek(position.hex)
         if seq is not None:
             return log, seq
-        return await self._catch_ups.attach(position, patient=running)
+        return await self.catch_ups.attach(position, patient=running)
 
     async def ready(self) -> Log:
         """Wait until the cursor is open.
@@ -130,7 +132,7 @@ class Feed:
                     await asyncio.shield(self._ready)
             except TimeoutError as error:
                 raise ServerUnreachable(
-                    f"cannot watch {self._driver.name}.{self.scope}: no MongoDB server answered "
+                    f"cannot watch {self.name}: no MongoDB server answered "
                     f"within {self.limits.timeout:g} s. Check that the replica set has a primary."
                 ) from error
         assert self.log is not None
@@ -151,7 +153,7 @@ class Feed:
         try:
             reply = await self._driver.command({"ping": 1}, timeout=self.limits.timeout)
         except Exception as error:
-            raise translated(error, f"watch {self._driver.name}.{self.scope}") from error
+            raise translated(error, f"watch {self.name}") from error
         now = reply.get("$clusterTime", {}).get("clusterTime")
         # A cursor that opens starts one tick after the present.
         if now is not None and position.cluster_time.time > now.time + _AHEAD:
@@ -172,7 +174,7 @@ class Feed:
         if self.router is None:
             self.router = Router(self)
             if self.scope.full_document == "updateLookup":
-                self._source.lookups = Lookups(self._driver, self.limits.timeout)
+                self.source.lookups = Lookups(self._driver, self.limits.timeout)
         return self.router
 
     async def keep_images(self, collection: str) -> None:
@@ -192,7 +194,7 @@ class Feed:
         try:
             while not self._ending:  # PyMongo has been seen to swallow a cancellation
                 try:
-                    await self._source.read(self._append)
+                    await self.source.read(self._append)
                 except ResumeHistoryLost as lost:
                     self._lost = lost
         except DataBridgeError as fatal:
@@ -202,8 +204,8 @@ class Feed:
             self._end_with(error)
             if self.router is not None:
                 await self.router.close()
-            await self._catch_ups.close()
-            await self._source.close()
+            await self.catch_ups.close()
+            await self.source.close()
             self._journal(logging.INFO, "closed")
 
     def _append(self, batch: Batch) -> None:
@@ -232,7 +234,7 @@ class Feed:
 
     def _journal(self, level: int, event: str, **fields: Any) -> None:
         position = self.log.head if self.log is not None else None
-        journal.log(level, f"{self._driver.name}.{self.scope}", event, position, **fields)
+        journal.log(level, self.name, event, position, **fields)
 
     # -- the end --
 

@@ -65,8 +65,6 @@ class Log:
         # Every change after this token and up to head is in entries. The server's mark before all
         # of one time is as good as the time alone, which is shorter and so comes before it.
         self.floor = start.hex[:18] if start.is_high_water else start.hex
-        self.patient = False  # what was added last stays until somebody has read it
-        self._newest = 0
         self.bytes = 0
         self._head = start
         self.ended: DataBridgeError | None = None
@@ -77,6 +75,7 @@ class Log:
         self._joins: dict[object, tuple[int, bytes]] = {}
         self._joins_bytes = 0
         self._trimming = False
+        self.kept: int | None = None  # nothing from this number on makes room
 
     @property
     def head(self) -> ResumeToken:
@@ -94,7 +93,6 @@ class Log:
         if not entries:
             return
         self.entries += entries
-        self._newest = len(entries) if self.patient else 1
         self.bytes += sum(e.cost for e in entries)
         self._joins.clear()
         self._joins_bytes = 0
@@ -186,8 +184,10 @@ class Log:
     def _trim(self) -> None:
         self._trimming = False
         # The newest stays whatever its size: somebody is about to read it.
-        most = len(self.entries) - self._newest
-        extra = min(most, max(0, len(self.entries) - self._limits.log_entries))
+        most = len(self.entries) - 1
+        if self.kept is not None:
+            most = min(most, self.kept - self.base)
+        extra = max(0, min(most, len(self.entries) - self._limits.log_entries))
         bytes_ = self.bytes - sum(e.cost for e in self.entries[:extra])
         while bytes_ > self._limits.log_bytes and extra < most:
             bytes_ -= self.entries[extra].cost

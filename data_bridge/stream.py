@@ -129,7 +129,8 @@ class ChangeStream(Generic[D]):
         while True:
             log = self._log
             if log is not None and 0 <= (index := self._seq - log.base) < len(log.entries):
-                if self._skip and self._skipped(log):
+                if self._skip:
+                    self._skipped(log)
                     continue
                 entry = log.entries[index]
                 self._seq += 1
@@ -270,6 +271,11 @@ class ChangeStream(Generic[D]):
             self._log = None
             if self._feed is not None:
                 self._feed.leave()
+
+    def stalled(self) -> None:
+        """Have it counted that whoever reads this was closed because they took nothing."""
+        if self._feed is not None:
+            self._feed.slow_readers += 1
 
     def __del__(self) -> None:
         # `async for change in Order.watch()` never closes what it iterates.
