@@ -29,6 +29,7 @@ from .live import LiveStream, Part
 from .log import Limits
 from .question import merged_projection, projection_of, question_of
 from .source import Scope, canonical
+from .stats import Stats, stats_of
 from .stream import ChangeStream, Wishes
 from .token import ResumeToken
 
@@ -225,6 +226,10 @@ class Bridge:
             self._running.add(feed)
             feed.task.add_done_callback(lambda _: self._running.discard(feed))
         return feed
+
+    def stats(self) -> Stats:
+        """What each feed is doing now. Cheap, and may be called from any thread."""
+        return Stats(tuple(stats_of(feed) for feed in list(self._feeds.values())))
 
     def _closed(self, feed: Feed) -> None:
         if self._feeds.get(feed.scope) is feed:

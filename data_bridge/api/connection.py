@@ -22,6 +22,7 @@ from ..errors import (
     ServerUnreachable,
     TooManyCursors,
 )
+from ..stream import ChangeStream
 from ..token import ResumeToken
 from .shutdown import track, untrack
 
@@ -175,6 +176,8 @@ class Connection:
             return
         if self._ending == "stalled":
             _log.info("a client was cut off because it took nothing for a while; it can resume")
+            if isinstance(self.content, ChangeStream):
+                self.content.stalled()
             await self._cut()
         elif self._ending != "left":
             await self._finish()
