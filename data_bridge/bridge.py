@@ -28,6 +28,7 @@ from .filter import Filter
 from .live import LiveStream, Part
 from .log import Limits
 from .question import merged_projection, projection_of, question_of
+from .shutdown import guard
 from .source import Scope, canonical
 from .stats import Stats, stats_of
 from .stream import ChangeStream, Wishes
@@ -275,8 +276,9 @@ def lifespan(
 
     @asynccontextmanager
     async def context(app: Any) -> AsyncIterator[dict[str, Any]]:
-        async with connect(source, documents=documents, limits=limits) as bridge:
-            yield {"bridge": bridge}
+        with guard():  # a stream that begins while the server stops must not keep it
+            async with connect(source, documents=documents, limits=limits) as bridge:
+                yield {"bridge": bridge}
 
     return context
 

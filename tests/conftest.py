@@ -133,7 +133,7 @@ async def served(app: Any, **config: Any) -> AsyncIterator[Served]:
     """
     import uvicorn
 
-    from data_bridge.api.shutdown import close_streams
+    from data_bridge.shutdown import close_streams
 
     bound = free_socket()
     port = bound.getsockname()[1]

@@ -19,9 +19,11 @@ from typing import Any
 import httpx
 import pytest
 from conftest import DRIVERS, ROOT, free_port, served
+from mongomock_motor import AsyncMongoMockClient
 
+import data_bridge
 from data_bridge.api import App, EventSourceResponse, ServerSentEvent, close_streams
-from data_bridge.api.shutdown import guard
+from data_bridge.shutdown import guard
 from data_bridge.testing import events
 
 TESTS = ROOT / "tests"
@@ -276,6 +278,18 @@ async def test_a_request_that_becomes_a_stream_during_the_shutdown_ends_at_once(
     await all_finished([late])
     assert late.body == b"0\r\n\r\n"
     await server.gone()
+
+
+async def test_the_lifespan_for_other_frameworks_watches_for_the_signal_as_app_does() -> None:
+    def servers_own(*_: object) -> None: ...
+
+    before = signal.signal(signal.SIGTERM, servers_own)
+    try:
+        async with data_bridge.lifespan(AsyncMongoMockClient()["shop"])(None):
+            assert signal.getsignal(signal.SIGTERM) is not servers_own
+        assert signal.getsignal(signal.SIGTERM) is servers_own
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 async def test_a_client_that_does_not_read_does_not_hold_up_the_end(

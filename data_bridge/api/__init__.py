@@ -1,8 +1,8 @@
 """Everything that knows HTTP: the application, its parameters and Server-Sent Events."""
 
+from ..shutdown import close_streams
 from .app import App
 from .params import Header, Path, Query
-from .shutdown import close_streams
 from .sse import EventSourceResponse, ServerSentEvent
 
 __all__ = [

@@ -24,9 +24,9 @@ from starlette.types import Receive, Scope, Send
 
 from .. import errors
 from ..bson_types import json_ready
+from ..shutdown import guard
 from .live import Authorize, live_endpoint
 from .params import Binding, RequestInvalid, limited, qualified_name
-from .shutdown import guard
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -22,9 +22,9 @@ from ..errors import (
     ServerUnreachable,
     TooManyCursors,
 )
+from ..shutdown import track, untrack
 from ..stream import ChangeStream
 from ..token import ResumeToken
-from .shutdown import track, untrack
 
 if TYPE_CHECKING:
     from .sse import EventSourceResponse
