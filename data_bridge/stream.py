@@ -195,11 +195,13 @@ class ChangeStream(Generic[D]):
         log = self._log
         if log is None or not log.base <= self._seq < log.end:
             return []
+        if self._skip and self._skipped(log):
+            return []
         at = self._seq - log.base
         entries = log.entries[at : at + _SOME]
         self._seq += len(entries)
         self._token = entries[-1].position
-        return [entry for entry in entries if entry.token > self._skip]
+        return entries
 
     @property
     def in_feed(self) -> bool:
