@@ -140,7 +140,7 @@ class ScriptedServer:
 
     @staticmethod
     def _file(path: str) -> Path | None:
-        folder = STATIC if path.startswith("/static/") else HERE / "pages"
+        folder = STATIC if path.startswith("/data-bridge/") else HERE / "pages"
         file = folder / Path(path).name
         return file if file.suffix in TYPES and file.is_file() else None
 

@@ -1,7 +1,7 @@
 /**
  * A live query as a keyed collection: the documents that match now, and every change after.
  *
- *     import { live, liveAll } from "/static/live.js";
+ *     import { live, liveAll } from "/data-bridge/live.js";
  *     const orders = live("/orders/live", { sort: (a, b) => b.created.localeCompare(a.created) });
  *     orders.subscribe(() => render(orders.documents));
  *

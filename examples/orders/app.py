@@ -18,8 +18,6 @@ from pathlib import Path
 from bson import ObjectId
 from pydantic import BaseModel, Field
 from starlette.responses import HTMLResponse
-from starlette.routing import Mount
-from starlette.staticfiles import StaticFiles
 
 import data_bridge
 from data_bridge import Document
@@ -27,7 +25,6 @@ from data_bridge.api import App, EventSourceResponse
 from data_bridge.errors import DocumentNotFound, ServerUnreachable
 
 PAGE = Path(__file__).with_name("index.html")
-STATIC = Path(data_bridge.__file__).with_name("static")
 
 
 # -- what is stored -----------------------------------------------------------------------------
@@ -82,14 +79,15 @@ class NewStatus(BaseModel):
 
 def create_app(database: str, title: str = "Corner shop") -> App:
     """The dashboard of the orders in a database, given by its connection string."""
-    app = App(database=database, routes=[Mount("/static", StaticFiles(directory=STATIC))])
+    app = App(database=database)
     page = PAGE.read_text("utf-8").replace("%title%", html.escape(title))
 
     @app.get("/")
     async def dashboard() -> HTMLResponse:
         return HTMLResponse(page)
 
-    # The orders as they are now, and then every change: this is what the page shows.
+    # The orders as they are now, and then every change: this is what the page shows. It comes
+    # with the page's side of it, /data-bridge/live.js.
     app.live("/orders/live", Order)
 
     # The changes alone, for whoever keeps the state: `curl -N localhost:8000/orders/changes`

@@ -27,8 +27,6 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
-from starlette.routing import Mount
-from starlette.staticfiles import StaticFiles
 
 import data_bridge
 from data_bridge import Document, Model, merge
@@ -36,7 +34,6 @@ from data_bridge.api import App, EventSourceResponse, close_streams
 from data_bridge.errors import DocumentNotFound, ServerUnreachable
 
 PAGE = Path(__file__).with_name("index.html")
-STATIC = Path(data_bridge.__file__).with_name("static")
 SECRET = os.environ.get("SECRET") or secrets.token_hex()  # several workers need the same
 COOKIE = "visitor"
 DESK = "desk"
@@ -151,11 +148,7 @@ class Allowed(BaseModel):
 
 def create_app(database: str) -> App:
     """The tracking of the parcels in a database, given by its connection string."""
-    app = App(
-        database=database,
-        routes=[Mount("/static", StaticFiles(directory=STATIC))],
-        lifespan=lifespan,
-    )
+    app = App(database=database, lifespan=lifespan)
 
     @app.get("/")
     async def page() -> HTMLResponse:
