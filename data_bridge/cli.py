@@ -509,8 +509,6 @@ async def _server_version(client: Client, hello: dict[str, Any]) -> Finding:
     text, number = f"MongoDB {info['version']}", tuple(info["versionArray"][:3])
     if number < (6, 0):
         return WARN, f"{text} has no pre- and post-images; they came with 6.0"
-    if number < (6, 0, 9):
-        return WARN, f"{text} cannot split events over 16 MB; 6.0.9 and 7.0 can"
     return OK, text
 
 
@@ -551,5 +549,6 @@ async def _pre_images(client: Client, hello: dict[str, Any]) -> Finding:
         return OK, f"{len(keeping)} of {total} collections keep them: {', '.join(sorted(keeping))}"
     return WARN, (
         f"none of {total} collections keeps them, so changes carry no document before the change. "
-        "If you need that: collMod with changeStreamPreAndPostImages: {enabled: true}."
+        "If you need that: Settings.pre_images = True in the model, or collMod with "
+        "changeStreamPreAndPostImages: {enabled: true}."
     )
