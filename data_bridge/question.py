@@ -44,9 +44,9 @@ def question_of(
     sort: Sort | None,
     limit: int | None,
     view: type[BaseModel] | None,
-    bound: int,
+    bound: int | None,
 ) -> Question:
-    """The question of ``model.live(…)``.
+    """The question of ``model.live(…)``; a bound that is not known yet is not checked.
 
     Raises:
         InvalidFilter: the filter, the sort or the limit is none.
@@ -61,10 +61,12 @@ def question_of(
                 "query knows 1 and -1."
             )
     if limit is not None:
-        if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= bound:
+        number = isinstance(limit, int) and not isinstance(limit, bool)
+        if not number or not 1 <= limit <= (limit if bound is None else bound):
+            to = "1 on" if bound is None else f"1 to {bound}"
             raise InvalidFilter(
-                f"the limit of {model.__name__}.live() is a number from 1 to {bound} "
-                f"(Limits.window), not {limit!r}."
+                f"the limit of {model.__name__}.live() is a number from {to} (Limits.window), "
+                f"not {limit!r}."
             )
         if not keys:
             raise InvalidFilter(
@@ -152,7 +154,7 @@ def _fields(view: type[BaseModel], model: type[BaseModel], inside: str = "") -> 
         stored = "_id" if own == "id" and not inside and "_id" in known else own
         if stored not in known and model.model_config.get("extra") != "allow":
             raise ModelInvalid(
-                f"{view.__qualname__}.{name} shows {inside}{stored!r}, which "
+                f"{view.__qualname__}.{name} shows {inside + stored!r}, which "
                 f"{model.__qualname__} does not store. Name the field as the model does, or give "
                 f"it the alias of the stored one."
             )

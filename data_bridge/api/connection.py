@@ -20,6 +20,7 @@ from ..errors import (
     InvalidResumeToken,
     ResumeHistoryLost,
     ServerUnreachable,
+    SnapshotTooLarge,
     TooManyCursors,
 )
 from ..shutdown import track, untrack
@@ -170,6 +171,7 @@ class Connection:
             ResumeHistoryLost,
             ServerUnreachable,
             BridgeClosed,
+            SnapshotTooLarge,
             TooManyCursors,
         ) as error:
             await self._refuse(error)
@@ -266,8 +268,9 @@ class Connection:
     async def _refuse(self, error: Exception) -> None:
         """End with what a client can act on; an EventSource gives up for good on 4xx and 5xx."""
         self._ending = "refused"
-        if isinstance(error, InvalidResumeToken) and not self._started:
-            refusal = JSONResponse({"detail": str(error)}, 400)
+        if isinstance(error, InvalidResumeToken | SnapshotTooLarge) and not self._started:
+            status = 400 if isinstance(error, InvalidResumeToken) else 413
+            refusal = JSONResponse({"detail": str(error)}, status)
             await refusal(self._scope, self._receive, self._send)
             return
         retry = 1000 if self._response.retry is None else self._response.retry

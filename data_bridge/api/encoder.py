@@ -23,7 +23,15 @@ from ..stream import ChangeStream, Wishes
 from ..token import ResumeToken, event_id
 from .event import ServerSentEvent, one_line
 
-__all__ = ["ChangeEncoder", "Made", "Named", "change_encoder", "one_line_json", "reset_frame"]
+__all__ = [
+    "ChangeEncoder",
+    "Made",
+    "Named",
+    "change_encoder",
+    "id_json",
+    "one_line_json",
+    "reset_frame",
+]
 
 _log = logging.getLogger("data_bridge")
 
@@ -95,11 +103,16 @@ def change_json(change: Change[Any]) -> bytes:
     except DocumentInvalid as error:
         _log.warning("%s", error)
         document = _INVALID
-    identity = to_json(change.document_id, fallback=json_ready)
+    identity = id_json(change.document_id)
     return one_line_json(
         b'{"operation":"%b","id":%b,"document":%b}'
         % (change.operation.encode(), identity, document)
     )
+
+
+def id_json(id: Any) -> bytes:
+    """The JSON of an ``_id``, as a model that says nothing else of its ``id`` writes it."""
+    return to_json(id, fallback=json_ready, bytes_mode="base64", inf_nan_mode="null")
 
 
 def one_line_json(text: bytes) -> bytes:

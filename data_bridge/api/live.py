@@ -7,6 +7,7 @@ from which a client may resume are sent: none inside a snapshot.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping
@@ -19,16 +20,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..bridge import bridge_of
-from ..bson_types import json_ready, stored_names
+from ..bson_types import stored_names
 from ..document import from_document
 from ..document import to_json as document_json
-from ..errors import DocumentInvalid, HandlerInvalid
+from ..errors import DataBridgeError, DocumentInvalid, HandlerInvalid
 from ..live import LiveEvent, LiveStream, Part
 from ..log import RESET
 from ..order import key
 from ..query import LiveEntry
+from ..question import question_of
 from ..token import ResumeToken, event_id
-from .encoder import one_line_json
+from .encoder import id_json, one_line_json
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -76,8 +78,7 @@ class LiveEncoder:
             position = event_id(entry.token, token.get("_typeBits", b""), self._epoch)
             id = b"id: %b\n" % position.encode()
         data = one_line_json(
-            b'{%b"operation":"%b","id":%b,"document":%b}'
-            % (tag, name, to_json(entry.id, fallback=json_ready), document)
+            b'{%b"operation":"%b","id":%b,"document":%b}' % (tag, name, id_json(entry.id), document)
         )
         return b"event: %b\n%bdata: %b\n\n" % (name, id, data)
 
@@ -124,7 +125,7 @@ def _document(model: Any, document: dict[str, Any]) -> bytes | None:
         return None
     if not _has_id(model) and "_id" in document:
         # Without an id nobody could tell which document a later change is about.
-        id = to_json(document["_id"], fallback=json_ready)
+        id = id_json(document["_id"])
         made = b'{"id":%b%b' % (id, b"}" if made == b"{}" else b"," + made[1:])
     return made
 
@@ -150,8 +151,11 @@ class Authorized:
         self._stream = stream
         self._authorize = authorize
         self._request = request
+        models = tuple((p.question.collection, p.model) for p in stream.parts)
+        self._encoder = _shared(models, False, "")
         self._frames: list[bytes] = []
         self._shown: set[Hashable] = set()
+        self._deciding: asyncio.Future[bytes] | None = None
 
     resume_token: ResumeToken | None = None
 
@@ -171,26 +175,31 @@ class Authorized:
         return b"".join(frames)
 
     async def wait(self) -> None:
-        encoder = _shared(
-            tuple((p.question.collection, p.model) for p in self._stream.parts), False, ""
-        )
         while not self._frames:
-            event = self._stream.next_event()
-            if event is None:
-                await self._stream.wait()
-            elif frame := await self._frame(event, encoder):
+            if self._deciding is None:
+                event = self._stream.next_event()
+                if event is None:
+                    await self._stream.wait()
+                    continue
+                self._deciding = asyncio.ensure_future(self._frame(event))
+            # A wait that is cut short must not take the event with it.
+            await asyncio.wait([self._deciding])
+            decided, self._deciding = self._deciding, None
+            if frame := decided.result():
                 self._frames.append(frame)
 
-    async def _frame(self, event: LiveEvent[Any], encoder: LiveEncoder) -> bytes:
+    async def _frame(self, event: LiveEvent[Any]) -> bytes:
+        encoder = self._encoder
         match event.operation:
             case "reset":
                 self._shown.clear()
                 return encoder.reset(event.reason)
             case "ready":
-                return encoder.ready(None, event.total)
+                # How many there are that it may not see is not its business.
+                return encoder.ready(None, len(self._shown))
             case "snapshot":
-                return await self._snapshot(event, encoder)
-        member = key(event.document_id)
+                return await self._snapshot(event)
+        member = (event.collection, key(event.document_id))
         was = member in self._shown
         if event.operation in ("delete", "leave"):
             self._shown.discard(member)
@@ -202,22 +211,27 @@ class Authorized:
         self._shown.discard(member)
         return _plain(event, "leave", encoder) if was else b""
 
-    async def _snapshot(self, event: LiveEvent[Any], encoder: LiveEncoder) -> bytes:
+    async def _snapshot(self, event: LiveEvent[Any]) -> bytes:
         allowed = []
         for document in event.raw:
             shown = LiveEvent(
                 "snapshot-document", event.collection, event.model, document["_id"], raw=[document]
             )
             if await self._may(shown):
-                self._shown.add(key(document["_id"]))
+                self._shown.add((event.collection, key(document["_id"])))
                 allowed.append(document)
         part = next(p for p in self._stream.parts if p.question.collection == event.collection)
-        # How many there are that it may not see is not its business.
-        return encoder.snapshot(part, allowed, len(self._shown), len(self._shown))
+        return self._encoder.snapshot(part, allowed, len(self._shown), len(self._shown))
 
     async def _may(self, event: LiveEvent[Any]) -> bool:
-        answer = self._authorize(event, self._request)
-        return bool(await answer if inspect.isawaitable(answer) else answer)
+        try:
+            answer = self._authorize(event, self._request)
+            return bool(await answer if inspect.isawaitable(answer) else answer)
+        except PermissionError:
+            return False
+        except DocumentInvalid as error:  # nobody can say who may see it
+            _log.warning("%s", error)
+            return False
 
     async def restart(self) -> None:
         await self._stream.restart()
@@ -229,6 +243,9 @@ class Authorized:
             yield self.take(None)
 
     async def aclose(self) -> None:
+        if self._deciding is not None:
+            self._deciding.cancel()
+            await asyncio.wait([self._deciding])
         await self._stream.aclose()
 
 
@@ -258,6 +275,15 @@ def live_endpoint(
     """A handler that streams a live query; ``App.live`` says what the arguments are."""
     from .sse import EventSourceResponse
 
+    # What is wrong with it already is said where it is declared.
+    question_of(model, None if callable(filter) else filter, sort, limit, view, None)
+    for name, given in (("authorize", authorize), ("owner", owner)):
+        if given is not None and not callable(given):
+            raise HandlerInvalid(f"{name}= of a live query is a function, not {given!r}")
+    for name in options.keys() & {"event", "data", "id"}:
+        raise HandlerInvalid(f"{name}= is for watch(): a live query has its own")
+    EventSourceResponse(_nothing(), **options)
+
     async def endpoint(request: Request) -> Response:
         allowed = filter
         if callable(filter):
@@ -266,6 +292,8 @@ def live_endpoint(
                 if inspect.isawaitable(allowed):
                     allowed = await allowed
             except PermissionError as error:
+                if isinstance(error, DataBridgeError):  # the database's, not the user's
+                    raise
                 raise HTTPException(403) from error
             if allowed is None:  # forgotten, most likely; everything would be too much
                 raise HTTPException(403)
@@ -281,3 +309,8 @@ def live_endpoint(
         return EventSourceResponse(content, owner=whose, **options)
 
     return endpoint
+
+
+async def _nothing() -> AsyncIterator[Any]:
+    return
+    yield
