@@ -23,6 +23,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _AFTER_SIGNAL = 60.0
 # A server that is stopped by other means accepts connections for a moment more.
 _AFTER_CALL = 1.0
+# For so long, in seconds, a request may take from deciding who it is for to becoming a stream.
+_DECIDING = 60.0
 
 
 class Stream(Protocol):
@@ -31,28 +33,41 @@ class Stream(Protocol):
     @property
     def owner(self) -> Any: ...
 
+    @property
+    def decided(self) -> float:
+        """When it was decided that it may begin, on the monotonic clock."""
+
     def end(self, reason: str) -> None: ...
 
 
 class _Streams:
     """The open streams of one event loop."""
 
-    __slots__ = ("closing", "guarded", "loop", "open")
+    __slots__ = ("closing", "guarded", "loop", "open", "revoked")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.open: set[Stream] = set()
         self.closing = 0.0  # streams that begin before this time end at once
         self.guarded = 0
+        self.revoked: list[tuple[float, Any]] = []  # when, and whose streams were ended
 
     def close(self) -> None:
         for stream in list(self.open):
             stream.end("shutdown")
 
-    def revoke(self, owner: object) -> None:
+    def revoke(self, owner: object, when: float) -> None:
+        self.revoked = [one for one in self.revoked if one[0] > when - _DECIDING]
+        self.revoked.append((when, owner))
         for stream in list(self.open):
             if stream.owner == owner:
                 stream.end("revoked")
+
+    def may_begin(self, stream: Stream) -> bool:
+        # What was decided before a revocation, by then unfinished, was decided on old permissions.
+        if any(stream.decided <= when and stream.owner == owner for when, owner in self.revoked):
+            return False
+        return time.monotonic() >= self.closing
 
 
 # A plain dict, because a signal may interrupt any line of Python and only copying one is atomic.
@@ -62,14 +77,15 @@ _loops: dict[asyncio.AbstractEventLoop, _Streams] = {}
 def track(stream: Stream) -> bool:
     """Have ``stream.end("shutdown")`` called in this loop when the process is told to stop.
 
-    Returns whether the stream may begin: not, if the process is stopping already.
+    Returns whether the stream may begin: not, if the process is stopping already, or if its owner's
+    streams were ended since it was decided upon.
     """
     loop = asyncio.get_running_loop()
     streams = _loops.get(loop) or _register(loop)
     if _in_main_thread():
         _handlers.stand_in_front()
     streams.open.add(stream)
-    return time.monotonic() >= streams.closing
+    return streams.may_begin(stream)
 
 
 def untrack(stream: Stream) -> None:
@@ -93,7 +109,8 @@ def close_streams(*, owner: Any = None) -> None:
     """End every open stream of this process, each response properly finished.
 
     With ``owner`` only those of one user, whose permissions have changed: a browser connects again,
-    and the handler decides anew. Every worker process has to be told.
+    and the handler decides anew; so it does for a request that is only on its way to a stream.
+    Every worker process has to be told.
 
     Signals do this by themselves. Call it, from any thread, before stopping a server that runs in
     a thread or is stopped by other means: uvicorn's ``should_exit`` waits for open connections.
@@ -102,9 +119,10 @@ def close_streams(*, owner: Any = None) -> None:
     if owner is None:
         _close_all(_AFTER_CALL)
         return
+    when = time.monotonic()
     for streams in list(_loops.values()):
         with suppress(RuntimeError):
-            streams.loop.call_soon_threadsafe(streams.revoke, owner)
+            streams.loop.call_soon_threadsafe(streams.revoke, owner, when)
 
 
 def _close_all(closing: float) -> None:

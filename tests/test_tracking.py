@@ -16,11 +16,24 @@ from bson import ObjectId
 from playwright.async_api import Browser, Page, expect
 from pymongo import MongoClient
 from pymongo.database import Database
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from data_bridge import Document
+from data_bridge.api import App, close_streams
+from data_bridge.testing import events, streaming_client
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tracking"
 INTERNAL = ("margin", "note", "customer", "secret-note-of-the-desk", "77.77")
 
 Spawn = Callable[..., Awaitable[Any]]
+
+
+class TrackedParcel(Document):
+    customer: str
+
+    class Settings:
+        collection = "parcels"
 
 
 @pytest.fixture
@@ -237,3 +250,34 @@ async def test_after_a_restart_the_page_goes_on_from_where_it_was(
     await expect(card(ada, parcel)).to_contain_text("90% of the way")
     await expect(card(ada, gone)).to_have_count(0)
     assert await ada.evaluate("seen") == ["leave", "update"]
+
+
+async def test_a_permission_that_is_withdrawn_while_a_stream_opens_ends_it(
+    database_uri: str,
+) -> None:
+    """The filter has seen the old permission, and the stream is not there yet to be closed."""
+    looked, go_on = asyncio.Event(), asyncio.Event()
+    allowed = True
+
+    async def filter(request: Request) -> dict[str, Any]:
+        if not allowed:
+            raise HTTPException(403)
+        looked.set()
+        await go_on.wait()
+        return {}
+
+    app = App(database=database_uri, documents=[TrackedParcel])
+    app.live("/mine", TrackedParcel, filter=filter, owner=lambda request: "ada")
+    async with asyncio.timeout(30), streaming_client(app) as client:
+        opening = asyncio.create_task(client.get("/mine"))
+        await looked.wait()
+        allowed = False
+        close_streams(owner="bruno")  # somebody else's
+        close_streams(owner="ada")
+        go_on.set()
+        response = await opening  # it would not end otherwise
+        assert (response.status_code, response.content) == (200, b"")
+        assert (await client.get("/mine")).status_code == 403
+        allowed = True
+        async with client.stream("GET", "/mine") as stream:
+            assert (await anext(events(stream))).event == "snapshot"

@@ -149,6 +149,11 @@ class Connection:
         """Whose stream it is."""
         return self._response.owner
 
+    @property
+    def decided(self) -> float:
+        """When it was decided that it may begin."""
+        return self._response.decided
+
     async def run(self) -> None:
         if self._scope["method"] == "HEAD" or self._response.status_code in _NO_BODY:
             await self._start()

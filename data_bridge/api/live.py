@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -285,6 +286,7 @@ def live_endpoint(
     EventSourceResponse(_nothing(), **options)
 
     async def endpoint(request: Request) -> Response:
+        began = time.monotonic()
         allowed = filter
         if callable(filter):
             try:
@@ -306,7 +308,9 @@ def live_endpoint(
         stream = bridge_of(model).live(model, allowed, sort=sort, limit=limit, view=view)
         content: Any = stream if authorize is None else Authorized(stream, authorize, request)
         whose = None if owner is None else owner(request)
-        return EventSourceResponse(content, owner=whose, **options)
+        response = EventSourceResponse(content, owner=whose, **options)
+        response.decided = began  # the filter may have looked permissions up then already
+        return response
 
     return endpoint
 

@@ -5,6 +5,7 @@ https://html.spec.whatwg.org/multipage/server-sent-events.html
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -91,6 +92,7 @@ class EventSourceResponse(Response):
         if isinstance(content, LiveStream | Authorized) and not event is data is id is None:
             raise TypeError("event=, data= and id= are for watch(); a live query has its own")
         self.owner = owner
+        self.decided = time.monotonic()
         self.body = b""
         automatic = {
             "content-type": "text/event-stream",
