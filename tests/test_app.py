@@ -26,7 +26,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
-from data_bridge import Document, errors
+from data_bridge import Document, Limits, errors
 from data_bridge.api import App, EventSourceResponse, Header, ServerSentEvent
 from data_bridge.testing import events, streaming_client
 
@@ -689,3 +689,9 @@ async def test_an_application_with_a_live_query_serves_the_browser_module() -> N
     assert "export function live(" in response.text
     assert (await answer(app, url="/data-bridge/live.d.ts")).status_code == 200
     assert (await answer(app, url="/data-bridge/nothing.js")).status_code == 404
+
+
+async def test_the_limits_are_those_of_its_bridge(database: Any) -> None:
+    app = App(database=database, documents=[], limits=Limits(window=7))
+    async with streaming_client(app):
+        assert app.bridge.limits.window == 7

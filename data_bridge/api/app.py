@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from ..bridge import Bridge
     from ..document import Document
+    from ..log import Limits
 
 __all__ = ["App"]
 
@@ -56,7 +57,8 @@ class App(Starlette):
     ``database`` is anything that `data_bridge.connect` takes (a URI, or a client or database of
     Motor, PyMongo's async API or mongomock-motor). It is opened before the user's own
     ``lifespan`` and closed after it; meanwhile the bridge is ``app.bridge``, ``app.state.bridge``
-    and ``request.state.bridge``. ``documents`` are the models to prepare, as for `connect`.
+    and ``request.state.bridge``. ``documents`` are the models to prepare, and ``limits`` the
+    bounds, as for `connect`.
     Without a database the application is for streams and JSON of any other origin. ``max_body``
     is the largest JSON body that a handler's argument is read from, in bytes; a larger one is a
     413. ``routes``, ``middleware``, ``exception_handlers``, ``lifespan`` and ``debug`` are
@@ -73,10 +75,12 @@ class App(Starlette):
         lifespan: Callable[[Any], AbstractAsyncContextManager[Any]] | None = None,
         debug: bool = False,
         documents: Iterable[type[Document]] | None = None,
+        limits: Limits | None = None,
         max_body: int = 1024 * 1024,
     ) -> None:
         self._database = database
         self._documents = None if documents is None else list(documents)
+        self._limits = limits
         if inspect.isasyncgenfunction(lifespan):  # Starlette takes it without the decorator too
             lifespan = asynccontextmanager(lifespan)
         self._lifespan = lifespan
@@ -109,7 +113,7 @@ class App(Starlette):
             if self._database is not None:
                 from ..bridge import connect
 
-                connecting = connect(self._database, documents=self._documents)
+                connecting = connect(self._database, documents=self._documents, limits=self._limits)
                 self._bridge = self.state.bridge = await stack.enter_async_context(connecting)
                 stack.callback(self._forget)
             state: Mapping[str, Any] | None = None
