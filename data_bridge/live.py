@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from heapq import merge as in_order
 from operator import attrgetter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
 
 from pydantic import BaseModel
 
@@ -46,7 +46,9 @@ if TYPE_CHECKING:
 __all__ = ["LiveEvent", "LiveStream", "Part", "merge"]
 
 M = TypeVar("M", bound=BaseModel)
+M_co = TypeVar("M_co", bound=BaseModel, covariant=True)
 N = TypeVar("N", bound=BaseModel)
+P = TypeVar("P", bound=BaseModel)
 
 _log = logging.getLogger("data_bridge")
 _PAUSE = 0.02
@@ -63,7 +65,7 @@ class Part:
 
 
 @dataclass(slots=True)
-class LiveEvent(Generic[M]):
+class LiveEvent(Generic[M_co]):
     """One event of a live query.
 
     Attributes:
@@ -79,7 +81,7 @@ class LiveEvent(Generic[M]):
 
     operation: str
     collection: str
-    model: type[M]
+    model: type[M_co]
     document_id: Any = None
     resume_token: ResumeToken | None = None
     sent: int = 0
@@ -88,7 +90,7 @@ class LiveEvent(Generic[M]):
     raw: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     @property
-    def full_document(self) -> M | None:
+    def full_document(self) -> M_co | None:
         """The document after a change; ``None`` for ``delete`` and ``leave``.
 
         Raises:
@@ -105,11 +107,11 @@ class LiveEvent(Generic[M]):
         return None if found is None or self.operation == "snapshot" else to_jsonable(found)
 
     @property
-    def documents(self) -> list[M]:
+    def documents(self) -> list[M_co]:
         """The documents of a ``snapshot``, without those that do not fit the model."""
         return self._fitting(self.raw) if self.operation == "snapshot" else []
 
-    def _fitting(self, documents: list[dict[str, Any]]) -> list[M]:
+    def _fitting(self, documents: list[dict[str, Any]]) -> list[M_co]:
         found = []
         for document in documents:
             try:
@@ -138,7 +140,7 @@ class _Showing:
     at_ready: bool = False
 
 
-class LiveStream(Generic[M]):
+class LiveStream(Generic[M_co]):
     """The documents that match, and then their changes: ``async for event in Order.live(…)``.
 
     Raises, from iteration and on entry:
@@ -169,7 +171,7 @@ class LiveStream(Generic[M]):
         self._to_show = False
         self._to_find = False
         self._behind: ChangeStream[Any] | None = None
-        self._events: Iterator[LiveEvent[M]] | None = None
+        self._events: Iterator[LiveEvent[M_co]] | None = None
         self._given: ResumeToken | None = None  # the position after the last of these
         self._news: asyncio.Future[None] | None = None
         self._seen_until = 0.0
@@ -217,7 +219,7 @@ class LiveStream(Generic[M]):
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> LiveEvent[M]:
+    async def __anext__(self) -> LiveEvent[M_co]:
         while True:
             if (event := self.next_event()) is not None:
                 return event
@@ -506,7 +508,7 @@ class LiveStream(Generic[M]):
             self._seek(position)
         return found
 
-    def next_event(self) -> LiveEvent[M] | None:
+    def next_event(self) -> LiveEvent[M_co] | None:
         """The next event, typed, if one is pending."""
         if self._closed:
             return None
@@ -527,7 +529,7 @@ class LiveStream(Generic[M]):
             return self.next_event()
         return None
 
-    def _typed(self, entries: list[LiveEntry]) -> Iterator[LiveEvent[M]]:
+    def _typed(self, entries: list[LiveEntry]) -> Iterator[LiveEvent[M_co]]:
         models = {part.question.collection: part.model for part in self.parts}
         only = self.parts[0].question.collection if len(self.parts) == 1 else ""
         for entry in entries:
@@ -565,7 +567,7 @@ class LiveStream(Generic[M]):
         self._advance(showing, snapshot)
         return frame
 
-    def _next_shown(self, showing: _Showing) -> LiveEvent[M]:
+    def _next_shown(self, showing: _Showing) -> LiveEvent[M_co]:
         if showing.at_ready:
             self._showing = None
             part = self.parts[0]
@@ -652,7 +654,30 @@ def _query(bridge: Bridge, router: Router, question: Question) -> Query:
     return router.query(question, make, bridge.limits.cursors if beyond else None)
 
 
-def merge(first: LiveStream[M], second: LiveStream[N], *more: LiveStream[Any]) -> LiveStream[M | N]:
+@overload
+def merge(first: LiveStream[M], second: LiveStream[N], /) -> LiveStream[M | N]: ...
+
+
+@overload
+def merge(
+    first: LiveStream[M], second: LiveStream[N], third: LiveStream[P], /
+) -> LiveStream[M | N | P]: ...
+
+
+@overload
+def merge(
+    first: LiveStream[Any],
+    second: LiveStream[Any],
+    third: LiveStream[Any],
+    fourth: LiveStream[Any],
+    /,
+    *more: LiveStream[Any],
+) -> LiveStream[Any]: ...
+
+
+def merge(
+    first: LiveStream[Any], second: LiveStream[Any], /, *more: LiveStream[Any]
+) -> LiveStream[Any]:
     """Several live queries on one connection, over one cursor, resumed by one event id.
 
     Browsers allow six HTTP/1.1 connections to one host. The data of each event says in
