@@ -29,7 +29,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 import data_bridge
-from data_bridge import Document, Model, merge
+from data_bridge import Document, LiveStream, Model, merge
 from data_bridge.api import App, EventSourceResponse, close_streams
 from data_bridge.errors import DocumentNotFound, ServerUnreachable
 
@@ -123,12 +123,13 @@ def at_the_desk(request: Request) -> None:
         raise HTTPException(401 if who is None else 403, "only for the desk")
 
 
-async def revoking() -> None:
-    """End the streams of a customer who is blocked: on every worker, because each one watches."""
-    async for change in Customer.watch():
-        customer = change.full_document
-        if customer is None or not customer.allowed:
-            close_streams(owner=str(change.document_id))
+async def revoking(customers: LiveStream[Customer]) -> None:
+    """End the streams of who is not allowed any more: on every worker, because each one watches."""
+    async for event in customers:
+        if event.operation in ("leave", "delete"):
+            close_streams(owner=event.document_id)
+        elif event.operation == "reset":  # nobody knows who it was meanwhile: all are asked anew
+            close_streams()
 
 
 # -- the application ----------------------------------------------------------------------------
@@ -209,13 +210,14 @@ def create_app(database: str) -> App:
 
 @contextlib.asynccontextmanager
 async def lifespan(app: Any) -> AsyncIterator[None]:
-    task = asyncio.create_task(revoking())
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+    async with Customer.live({"allowed": True}) as customers:  # from here on none is missed
+        task = asyncio.create_task(revoking(customers))
+        try:
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
 
 
 # -- a shop, so that something moves ------------------------------------------------------------
