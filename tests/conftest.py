@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
+import pytest_asyncio
 from pymongo import AsyncMongoClient, MongoClient
 
 from data_bridge.embedded import ReplicaSet, free_port
@@ -277,9 +278,13 @@ def unavailable(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
-@pytest.fixture
+# Starting Playwright and Chromium takes longer than most tests of a page do, and both belong to an
+# event loop: the tests of a module share one, and each test has pages of its own.
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def browser() -> AsyncIterator[Browser]:
-    """A real, headless Chromium."""
+    """A real, headless Chromium, for modules whose tests run in the module's event loop."""
     path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     if path is None:
         unavailable("no Chromium: install the package 'chromium' or name one in CHROMIUM")
@@ -291,10 +296,10 @@ async def browser() -> AsyncIterator[Browser]:
         await browser.close()
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def page(browser: Browser) -> AsyncIterator[Page]:
     """A new page; an exception that its scripts do not catch fails the test."""
-    page = await browser.new_page()
+    page = await browser.new_page()  # in a context of its own: no cookie of another test
     uncaught: list[str] = []
     page.on("pageerror", lambda error: uncaught.append(str(error)))
     yield page

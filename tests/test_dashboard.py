@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+import pytest_asyncio
 from bson import ObjectId
 from playwright.async_api import Browser, Page, expect
 from playwright.async_api import TimeoutError as NeverTrue
@@ -22,6 +23,8 @@ from pymongo import MongoClient
 from pymongo.collection import Collection
 
 from data_bridge.embedded import ReplicaSet
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "orders"
 
@@ -35,7 +38,7 @@ def orders(mongo: MongoClient[dict[str, Any]], database_name: str) -> Orders:
     return mongo[database_name]["orders"]
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def dashboard(spawn: Spawn, database_uri: str, orders: Orders) -> Any:
     """The dashboard's server process, on a database with no orders yet."""
     return await spawn("app:app", env={"DATABASE": database_uri}, app_dir=EXAMPLE)

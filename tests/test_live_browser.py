@@ -6,12 +6,15 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from playwright.async_api import Page
 from pymongo import MongoClient
 from starlette.responses import HTMLResponse
 
 from data_bridge import Document, merge
 from data_bridge.api import App, EventSourceResponse, close_streams
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 PAGE = """<!doctype html><script type="module">
     import { live, liveAll } from "/data-bridge/live.js";
@@ -40,7 +43,7 @@ class BrowserCustomer(Document):
         pre_images = True
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def shown(page: Page, serve: Serve, database_uri: str) -> Page:
     app = App(database=database_uri, documents=[BrowserOrder, BrowserCustomer])
     app.live("/top", BrowserOrder, sort="-total", limit=3, retry=100)

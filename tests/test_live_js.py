@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from conftest import CHROMIUM_FLAGS, unavailable
 from playwright.async_api import Browser, Page
 from scripted import Request, ScriptedServer, change, frame, scripted_server, snapshot
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-@pytest.fixture
+
+@pytest_asyncio.fixture(loop_scope="module")
 async def server() -> AsyncIterator[ScriptedServer]:
     async with scripted_server() as server:
         yield server

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+import pytest_asyncio
 from bson import ObjectId
 from playwright.async_api import Browser, Page, expect
 from pymongo import MongoClient
@@ -22,6 +23,8 @@ from starlette.requests import Request
 from data_bridge import Document
 from data_bridge.api import App, close_streams
 from data_bridge.testing import events, streaming_client
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tracking"
 INTERNAL = ("margin", "note", "customer", "secret-note-of-the-desk", "77.77")
@@ -41,7 +44,7 @@ def shop(mongo: MongoClient[dict[str, Any]], database_name: str) -> Database[dic
     return mongo[database_name]
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def server(spawn: Spawn, database_uri: str, shop: Database[dict[str, Any]]) -> Any:
     shop["customers"].insert_many(
         [
@@ -77,7 +80,7 @@ def card(page: Page, parcel: dict[str, Any]) -> Any:
     return page.locator(f'.parcel[data-id="{parcel["_id"]}"]:not(.gone)')
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def another(browser: Browser) -> AsyncIterator[Callable[[], Awaitable[Page]]]:
     """Pages of other browsers: no cookie of one is another's."""
     contexts = []
