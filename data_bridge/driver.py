@@ -128,14 +128,25 @@ class Driver:
         if projection:
             command["projection"] = dict(projection)
         command |= {"readConcern": {"level": "majority"}, "batchSize": len(ids) + 1}
+        found, _ = await self.find(command, timeout=timeout)
+        return found
+
+    async def find(
+        self, command: Mapping[str, Any], *, timeout: float
+    ) -> tuple[list[dict[str, Any]], Timestamp | None]:
+        """All documents of a ``find`` command, and the moment of them if it reads a snapshot."""
         async with self.session() as session:
             reply = await self.command(command, timeout=timeout, session=session)
-            found: list[dict[str, Any]] = reply["cursor"]["firstBatch"]
-            while reply["cursor"]["id"]:  # more than 16 MB
-                command = {"getMore": reply["cursor"]["id"], "collection": collection}
-                reply = await self.command(command, timeout=timeout, session=session)
-                found += reply["cursor"]["nextBatch"]
-        return found
+            cursor = reply["cursor"]
+            found: list[dict[str, Any]] = cursor["firstBatch"]
+            moment: Timestamp | None = cursor.get("atClusterTime")
+            while cursor["id"]:
+                more = {"getMore": cursor["id"], "collection": command["find"]}
+                more["batchSize"] = command["batchSize"]
+                reply = await self.command(more, timeout=timeout, session=session)
+                cursor = reply["cursor"]
+                found += cursor["nextBatch"]
+        return found, moment
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[Any]:
@@ -343,7 +354,8 @@ class MockDriver(Driver):
     ) -> tuple[Cursor, ResumeToken]:
         raise WatchUnsupported(
             "mongomock-motor has no change streams: reads and writes work, watch() needs a "
-            "MongoDB replica set (data_bridge.embedded.ReplicaSet starts one in under a second)."
+            "MongoDB replica set (data_bridge.embedded.ReplicaSet starts one in under a second). "
+            "In a test, data_bridge.testing.mock_database() stands in for one."
         )
 
 
@@ -440,7 +452,9 @@ def open_driver(source: Any) -> Driver:
     # mongomock-motor's classes pass for Motor's, so they are asked first.
     if any(base.__module__.startswith("mongomock_motor") for base in type(source).__mro__):
         mock = source if hasattr(source, "get_collection") else source[_default_name(source)]
-        return MockDriver(mock, owned=False)
+        # One of data_bridge.testing brings a driver that can watch.
+        kind: type[Driver] = getattr(type(mock), "data_bridge_driver", MockDriver)
+        return kind(mock, owned=False)
     if (motor := sys.modules.get("motor.motor_asyncio")) is not None:
         if isinstance(source, motor.AsyncIOMotorClient):
             return MotorDriver(source[_default_name(source)], owned=False)

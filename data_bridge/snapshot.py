@@ -77,7 +77,7 @@ async def read_snapshot(
     until = time.monotonic() + timeout
     while True:
         try:
-            documents, moment = await _read(driver, command, timeout)
+            documents, moment = await driver.find(command, timeout=timeout)
             # The server forgets to say which moment it was when it runs JavaScript the first time.
             if moment is not None or not documents or time.monotonic() > until:
                 break
@@ -107,22 +107,6 @@ async def read_snapshot(
             moment = _before(moment)
     # The first moment that the snapshot does not contain.
     return Snapshot(documents, ResumeToken.at(_after(moment)), moment)
-
-
-async def _read(
-    driver: Driver, command: dict[str, Any], timeout: float
-) -> tuple[list[dict[str, Any]], Timestamp | None]:
-    async with driver.session() as session:
-        reply = await driver.command(command, timeout=timeout, session=session)
-        cursor = reply["cursor"]
-        documents: list[dict[str, Any]] = cursor["firstBatch"]
-        moment: Timestamp | None = cursor.get("atClusterTime")
-        while cursor["id"]:
-            more = {"getMore": cursor["id"], "collection": command["find"], "batchSize": _BATCH}
-            reply = await driver.command(more, timeout=timeout, session=session)
-            cursor = reply["cursor"]
-            documents += cursor["nextBatch"]
-    return documents, moment
 
 
 def _before(time: Timestamp) -> Timestamp:

@@ -1,4 +1,4 @@
-"""Tools for the tests of applications: a client that streams, a reader of events, fixtures.
+"""Tools for the tests of applications: a streaming client, a reader of events, a mock database.
 
 Needs the extra ``testing``: ``pip install 'data-bridge[testing]'``.
 """
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         events,
         streaming_client,
     )
+    from .mock import mock_database
 
 __all__ = [
     "Comment",
@@ -27,6 +28,7 @@ __all__ = [
     "Mark",
     "StreamingTransport",
     "events",
+    "mock_database",
     "streaming_client",
 ]
 
@@ -34,6 +36,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Only when asked for: pytest loads the plugin of this package in every run, with httpx
     # installed or not.
+    if name == "mock_database":  # which needs mongomock-motor, as the others need httpx
+        from .mock import mock_database
+
+        return mock_database
     if name in __all__:
         from . import client
 
