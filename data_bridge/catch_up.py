@@ -141,6 +141,7 @@ class CatchUps:
         since = ResumeToken.at(Timestamp(max(0, position.cluster_time.time - _NEAR), 0)).hex
         start = min(p for p in self._wanted.values() if since <= p.hex <= position.hex)
         log = Log(start, self._limits)
+        log.wanted = asyncio.Event()
         self._running[log] = asyncio.Event()
         task = asyncio.create_task(self._run(log, start), name=f"data-bridge catch-up {start}")
         self._tasks.add(task)
@@ -164,7 +165,8 @@ class CatchUps:
 
     async def _run(self, log: Log, start: ResumeToken) -> None:
         source = Source(self._driver, self._scope, start=start, timeout=self._limits.timeout)
-        opened = self._running[log]
+        opened, wanted = self._running[log], log.wanted
+        assert wanted is not None
         announced = start.cluster_time.time
 
         def append(batch: Batch) -> None:
@@ -185,7 +187,7 @@ class CatchUps:
                 await source.read(append)
                 if not self._met(log, source):
                     async with asyncio.timeout(_IDLE):
-                        await log.wanted.wait()
+                        await wanted.wait()
             if not self._closed:
                 log.finish()
         except TimeoutError:

@@ -70,7 +70,8 @@ class Log:
         self.ended: DataBridgeError | None = None
         self.finished = False
         self._limits = limits
-        self.wanted = asyncio.Event()  # somebody has read all there is, and waits
+        # Somebody has read all there is, and waits; for whoever reads only as fast as that.
+        self.wanted: asyncio.Event | None = None
         self._waiting: set[asyncio.Future[None]] = set()
         self._joins: dict[object, tuple[int, bytes]] = {}
         self._joins_bytes = 0
@@ -148,7 +149,8 @@ class Log:
         if future is None:
             future = asyncio.get_running_loop().create_future()
         self._waiting.add(future)
-        self.wanted.set()
+        if self.wanted is not None:
+            self.wanted.set()
         return future
 
     def forget(self, future: asyncio.Future[None]) -> None:
@@ -164,6 +166,15 @@ class Log:
             self.base += dropped
         self.floor = max(self.floor, token)
 
+    def shrink(self, most: int) -> None:
+        """Drop the oldest until the others take no more than so many bytes."""
+        over, number = self.bytes - most, 0
+        while over > 0 and number < len(self.entries) - 1:
+            over -= self.entries[number].cost
+            number += 1
+        if number:
+            self.forget_until(self.entries[number - 1].token)
+
     def finish(self) -> None:
         """Nothing more will be added here: attach to the feed again, after the head."""
         self.finished = True
@@ -176,7 +187,8 @@ class Log:
 
     def _wake(self) -> None:
         waiting, self._waiting = self._waiting, set()
-        self.wanted.clear()
+        if self.wanted is not None:
+            self.wanted.clear()
         for future in waiting:
             if not future.done():
                 future.set_result(None)

@@ -207,6 +207,14 @@ class Router:
         for query in list(self._queries.values()):
             query.fail(error)
 
+    def _shrink(self) -> None:
+        """Have the logs of all queries together take no more than one log may."""
+        logs = [query.log for query in self._queries.values() if query.log.entries]
+        most = self._feed.limits.log_bytes
+        if sum(log.bytes for log in logs) > most:
+            for log in logs:
+                log.shrink(most // len(logs))
+
     def _sweep(self) -> None:
         assert self._feed.log is not None
         loop = asyncio.get_running_loop()
@@ -217,6 +225,7 @@ class Router:
                 query.log.finish()
             else:
                 query.forget(floor, now)
+        self._shrink()
         if self._queries:
             self._sweeper = loop.call_later(_SWEEP, self._sweep)
         else:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from bson import ObjectId
-from live_queries import Mongo, Viewer, viewing
+from live_queries import Mongo, Viewer, eventually, viewing
 
-from data_bridge import Document
+import data_bridge
+from data_bridge import Document, Limits
 from data_bridge.query import Query
 
 if TYPE_CHECKING:
@@ -174,3 +176,24 @@ async def test_a_drop_is_told_to_everybody(
     async with viewing(model.live({"tenant": "a"})) as a, viewing(model.live({"_id": 7})) as b:
         tasks.drop()
         assert await a.take(3) == await b.take(3) == ["reset", "snapshot", "ready"]
+
+
+@BOTH
+async def test_all_queries_together_keep_no_more_than_the_bound(
+    database: Any, mongo: Mongo, database_name: str, model: Any
+) -> None:
+    tasks = collection(mongo, database_name, model)
+    limits = Limits(log_bytes=200_000)
+    async with data_bridge.connect(database, limits=limits) as bridge, AsyncExitStack() as stack:
+        viewers = []
+        for number in range(20):
+            live = bridge.live(model, {"n": {"$gt": -number}})
+            viewers.append(await stack.enter_async_context(viewing(live)))
+        tasks.insert_many([{"n": n} for n in range(1, 201)])
+        for viewer in viewers:
+            await viewer.take(200)
+        logs = [viewer.stream._places[0].query.log for viewer in viewers]
+        await eventually(lambda: sum(log.bytes for log in logs) <= limits.log_bytes)
+        tasks.insert_one({"n": 201})
+        for viewer in viewers:
+            assert await viewer.take(1) == ["insert"]
