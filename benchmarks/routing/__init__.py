@@ -1,0 +1,1 @@
+"""What a change costs when many each follow something of their own."""
