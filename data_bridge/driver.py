@@ -57,6 +57,8 @@ _RAW_BATCHES = (RawBatchCommandCursor, AsyncRawBatchCommandCursor)
 # mongomock implements zones and nothing else of it.
 _MOCK_CODEC: CodecOptions[dict[str, Any]] = CodecOptions(tz_aware=True)
 
+_TURNS = 3
+
 # How long the server may hold a getMore that has nothing to say, in milliseconds.
 AWAIT_MS = 1000
 
@@ -227,6 +229,10 @@ class PyMongoDriver(Driver):
             await self._second.close()
         if self.owned:
             await self.database.client.close()
+        # A getMore that was cut off leaves its socket to be closed in the loop's next turns, and
+        # these may be the last.
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
 
 
 class PyMongoCursor:

@@ -189,6 +189,7 @@ class Ranked(Query):
         )
         # While the window is being read; the changes since are in the feed's log.
         self._filling: asyncio.Task[None] | None = None
+        self._ids: dict[Hashable, Any] = {}  # of what is seen
         super().__init__(driver, router, question, limits)
         self.members = self.window.documents
         self._filling = self.start(self._fill())
@@ -257,8 +258,6 @@ class Ranked(Query):
         self._ids = {m: self.window.documents[m]["_id"] for m in after}
         if told:
             self.tell(told)
-
-    _ids: dict[Hashable, Any] = {}  # noqa: RUF012 (replaced, never changed)
 
     async def _fill(self, cause: Entry | None = None) -> None:
         window = self.window

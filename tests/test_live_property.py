@@ -122,7 +122,7 @@ class Storm:
         self.workers: list[Bridge | None] = [None, None]
         self.databases: list[Any] = []
         self.versions: Counter[str] = Counter()
-        self.written = 0
+        self.over = False
         self.limits = Limits(
             log_entries=self.random.choice([20, 100, 10_000]),
             linger=0.2,
@@ -136,7 +136,8 @@ class Storm:
         self.workers[number] = await bridge.open()
 
     async def restart_workers(self) -> None:
-        while True:
+        """Until it is told to stop: a cancellation could leave a worker half closed."""
+        while not self.over:
             await asyncio.sleep(self.random.uniform(0.3, 0.8))
             number = self.random.randrange(2)
             bridge, self.workers[number] = self.workers[number], None
@@ -189,7 +190,6 @@ class Storm:
 
     async def _once(self, collection: Any, id: str, there: set[str], session: Any = None) -> None:
         self.versions[id] += 1
-        self.written += 1
         document = {"_id": id, "group": self.random.choice(GROUPS), "v": self.versions[id]}
         choice = self.random.random()
         options = {} if session is None else {"session": session}
@@ -293,7 +293,7 @@ async def test_every_client_ends_equal_to_the_database_and_never_goes_back(
                     await collection.insert_one(fence)
                     await asyncio.gather(*looking)
             finally:
-                restarting.cancel()
+                storm.over = True
                 for task in looking:
                     task.cancel()
                 await asyncio.gather(restarting, *looking, return_exceptions=True)
