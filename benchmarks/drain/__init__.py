@@ -1,0 +1,1 @@
+"""From a resume token to typed changes and to SSE bytes, against the drivers' own loops."""
