@@ -227,7 +227,8 @@ class Query:
 
     def forget(self, floor: str, now: float) -> None:
         """Drop what nobody will ask for any more."""
-        self.log.forget_until(floor)
+        if self.log.entries:  # otherwise nothing happened that could be forgotten
+            self.log.forget_until(floor)
         task, age = self._snapshot, now - self._snapshot_taken
         if task is not None and task.done() and age > self.limits.snapshot_age:
             self._snapshot = None

@@ -76,7 +76,12 @@ def _keys(value: Any, parts: Sequence[str]) -> Iterator[Key]:
     for index, part in enumerate(parts):
         if value.__class__ is list:
             if part.isdecimal() and part == str(int(part)) and int(part) < len(value):
-                yield from _keys(value[int(part)], parts[index + 1 :])
+                element, rest = value[int(part)], parts[index + 1 :]
+                if rest:
+                    yield from _keys(element, rest)
+                else:
+                    # An array that is found by its offset is one value, unless it is empty.
+                    yield _NO_ELEMENT if element == [] else key(element)
                 return
             for element in value:
                 nested = isinstance(element, (dict, DBRef))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from bson import Decimal128, ObjectId
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from live_queries import PATIENCE, Mongo, Viewer, eventually, profiled, viewing
 
@@ -131,6 +131,9 @@ _SORTS = st.sampled_from(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(documents=_DOCUMENTS, sort=_SORTS)
+@example(documents=[{"a": [[None]]}, {}, {"a": [[]]}, {"a": [[1, 2]]}], sort=[("a.0", 1)])
+@example(documents=[{"a": [[None]]}, {}, {"a": [[]]}, {"a": [[1, 2]]}], sort=[("a.0", -1)])
+@example(documents=[{"a": []}, {}, {"a": [[]]}, {"a": [1, [2]]}], sort=[("a", -1)])
 def test_documents_are_ordered_as_the_server_orders_them(
     mongo: Mongo, database_name: str, documents: list[dict[str, Any]], sort: list[tuple[str, int]]
 ) -> None:

@@ -27,9 +27,9 @@ def markdown(
         "process on one server cursor, each read by a task of its own up to the bytes of its "
         "frames, without a socket. CPU is that of this process, less what it takes when nothing "
         "happens; what Python's garbage collector takes is apart, because it grows with all that a "
-        "process holds (`gc.freeze()` ends that); one event is delivered per change, so it is per delivered event too. Medians, "
-        "in brackets the lowest and the highest. Memory is that of a query, its subscriber and "
-        "its task.\n"
+        "process holds (`gc.freeze()` ends that). One event is delivered per change, so it is per "
+        "delivered event too. Medians, in brackets the lowest and the highest. Memory is that of "
+        "a query, its subscriber and its task.\n"
     )
     yield (
         "| each follows | subscribers | CPU per change | over the fewest | and the collector "
