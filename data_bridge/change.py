@@ -154,7 +154,8 @@ class Change(Generic[D]):
 
         Changes of one transaction share it: a token is exact, a time starts before all of them.
         """
-        return self.resume_token.cluster_time
+        time: Timestamp | None = self.raw.get("clusterTime")
+        return self.resume_token.cluster_time if time is None else time
 
     @property
     def wall_time(self) -> datetime | None:

@@ -60,6 +60,7 @@ class LiveEntry(Entry):
         self.token = entry.token
         self.after = None
         self.change = None
+        self._position = None
         self.cost = _COST
         self.frames = None
         self.operation = operation

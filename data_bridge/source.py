@@ -82,7 +82,7 @@ def canonical(pipeline: list[Mapping[str, Any]]) -> str:
 class Entry:
     """One change in a log: decoded once, and the frames made of it so far."""
 
-    __slots__ = ("after", "change", "cost", "frames", "operation", "raw", "token")
+    __slots__ = ("_position", "after", "change", "cost", "frames", "operation", "raw", "token")
 
     def __init__(self, raw: dict[str, Any], size: int) -> None:
         self.raw = raw
@@ -97,12 +97,16 @@ class Entry:
         self.after: dict[str, Any] | None = raw.get("fullDocument")
         self.cost = _OVERHEAD + _EXPANSION * size
         self.change: Any = None
+        self._position: ResumeToken | None = None
         self.frames: dict[Any, bytes] | None = None
 
     @property
     def position(self) -> ResumeToken:
-        """The position just after this change."""
-        return ResumeToken.of(self.raw["_id"])
+        """The position just after this change; made once for all who come by."""
+        position = self._position
+        if position is None:
+            position = self._position = ResumeToken.of(self.raw["_id"])
+        return position
 
     def typed(self, model: type[D]) -> Change[D]:
         """The change as one model sees it; the same object for everybody who asks."""

@@ -219,7 +219,7 @@ class ChangeStream(Generic[D]):
         Raises:
             StopAsyncIteration: the stream was closed.
         """
-        if not self._closed:
+        if self._log is None and not self._closed:
             await self.open()
         while not self._closed:
             log = self._log

@@ -87,7 +87,7 @@ def test_an_update_is_described_by_paths() -> None:
 
 def test_a_change_has_a_time_and_a_position() -> None:
     now = datetime(2026, 1, 2, tzinfo=UTC)
-    found = change(wallTime=now, clusterTime=Timestamp(1, 1))
+    found = change(wallTime=now, clusterTime=Timestamp(0x6B075A0B, 0x18))
     assert found.wall_time == now
     assert found.resume_token.hex == TOKEN
     assert found.timestamp == Timestamp(0x6B075A0B, 0x18) == found.resume_token.cluster_time

@@ -16,6 +16,7 @@ _COLUMNS = (
     *("deliveries/s", "complete clients", "p50", "p99"),
     *("CPU per delivery", "×", "changes per read"),
 )
+_CLIENT_LIMIT = 0.9  # of a core, which is all that its one thread can have
 _NOTES = """\
 Deliveries a second, percentiles and CPU are of everything between the first write and the last
 receipt. In a paced row nobody can deliver more than is offered: there CPU and latency tell
@@ -110,6 +111,11 @@ def _trouble(everything: Everything) -> Iterator[str]:
                     f"{found['complete']:,} clients had everything by then; the figures are of "
                     f"the {found['deliveries'] / rows[name]['clients'] / rows[name]['changes']:.0%}"
                     " that had arrived."
+                )
+            if found["client_load"] > _CLIENT_LIMIT:
+                lines.append(
+                    f"- {at}: the load client used {found['client_load']:.0%} of a core: it "
+                    "was the limit, not the server."
                 )
             if found["broken"]:
                 lines.append(f"- {at}: a client saw {', '.join(found['broken'])}.")

@@ -21,7 +21,7 @@ from ..log import RESET
 from ..source import Entry
 from ..stream import ChangeStream, Wishes
 from ..token import ResumeToken, event_id
-from .event import ServerSentEvent, one_line
+from .event import ServerSentEvent, check_event, check_id
 
 __all__ = [
     "ChangeEncoder",
@@ -65,13 +65,14 @@ class ChangeEncoder:
             name = raw["operationType"]
         elif not isinstance(name, str):
             name = name(change)
-            one_line("event", name, "\r\n")
+            check_event(name)
         if self._id is None:
             token = raw["_id"]
             position: str | None = event_id(token["_data"], token.get("_typeBits", b""))
         else:
             position = self._id(change)
-            one_line("id", position, "\r\n\0")
+            if position is not None:
+                check_id(position)
         head = f"event: {name}\n" if position is None else f"event: {name}\nid: {position}\n"
         if self._data is None:
             return b"%bdata: %b\n\n" % (head.encode(), change_json(change))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["ServerSentEvent", "one_line"]
+__all__ = ["ServerSentEvent", "check_event", "check_id"]
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
@@ -39,8 +39,10 @@ class ServerSentEvent:
             raise TypeError(
                 f"data is text, not {type(self.data).__name__}: json.dumps() makes text of it"
             )
-        one_line("event", self.event, "\r\n")
-        one_line("id", self.id, "\r\n\0")
+        if self.event is not None:
+            check_event(self.event)
+        if self.id is not None:
+            check_id(self.id)
         if self.retry is not None:
             if not isinstance(self.retry, int) or isinstance(self.retry, bool):
                 raise TypeError(f"retry is a whole number of milliseconds, not {self.retry!r}")
@@ -66,14 +68,27 @@ class ServerSentEvent:
     __bytes__ = encode
 
 
-def one_line(name: str, value: str | None, forbidden: str) -> None:
-    """Refuse text from which a client would read more than one field."""
-    if value is None:
-        return
+def check_event(name: str) -> None:
+    """Refuse a name from which a client would read more than one field."""
+    _check("event", name)
+
+
+def check_id(id: str) -> None:
+    """Refuse an id from which a client would read more than one field, or none."""
+    _check("id", id)
+    if "\0" in id:
+        raise _not_one_line("id", id)
+
+
+def _check(field: str, value: str) -> None:
     if not isinstance(value, str):
-        raise TypeError(f"{name} is text, not {type(value).__name__}: str() makes text of it")
-    if any(c in value for c in forbidden):
-        raise ValueError(f"{name} must not contain line ends or NUL: {value[:80]!r}")
+        raise TypeError(f"{field} is text, not {type(value).__name__}: str() makes text of it")
+    if "\n" in value or "\r" in value:
+        raise _not_one_line(field, value)
+
+
+def _not_one_line(field: str, value: str) -> ValueError:
+    return ValueError(f"{field} must not contain line ends or NUL: {value[:80]!r}")
 
 
 def _utf8(text: str) -> bytes:

@@ -18,7 +18,7 @@ from ..live import LiveStream
 from ..stream import ChangeStream, Wishes
 from .connection import Connection, Frames
 from .encoder import ChangeEncoder, Made, Named, change_encoder, reset_frame
-from .event import ServerSentEvent, one_line
+from .event import ServerSentEvent, check_event
 from .live import Authorized, live_encoder
 from .produced import Produced
 
@@ -88,7 +88,7 @@ class EventSourceResponse(Response):
         self._items = content
         self._event, self._data, self._id = event, data, id
         if isinstance(event, str):
-            one_line("event", event, "\r\n")
+            check_event(event)
         if isinstance(content, LiveStream | Authorized) and not event is data is id is None:
             raise TypeError("event=, data= and id= are for watch(); a live query has its own")
         self.owner = owner
