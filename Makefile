@@ -11,7 +11,7 @@ PORT ?= 8000
 RATE ?= 2
 EXAMPLE ?= orders
 URI ?=
-WORKERS ?= 2
+WORKERS ?= 3
 ARGS ?=
 
 BIN := $(VENV)/bin

@@ -263,13 +263,12 @@ class ReplicaSet:
         if self._nodes:
             return self
         mongod = find_mongod(self._binary)
-        if self._keep is None:
-            self.directory = Path(tempfile.mkdtemp(prefix="data-bridge-"))
-        else:
-            self.directory = self._keep
-            self.directory.mkdir(parents=True, exist_ok=True)
-        known = (self.directory / "node-0" / "storage.bson").exists()
+        # Known before it exists: an interrupt may come at any line, and stop() removes what is known.
+        name = f"data-bridge-{secrets.token_hex(6)}"
+        self.directory = self._keep or Path(tempfile.gettempdir(), name)
         try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=self._keep is not None)
+            known = (self.directory / "node-0" / "storage.bson").exists()
             self._watchdog = _Watchdog(self.directory if self._keep is None else None)
             if self.auth is not None:
                 self._write_key()
