@@ -263,7 +263,7 @@ class ReplicaSet:
         if self._nodes:
             return self
         mongod = find_mongod(self._binary)
-        # Known before it exists: an interrupt may come at any line, and stop() removes what is known.
+        # Known before it exists: an interrupt may come at any line, and stop() removes it.
         name = f"data-bridge-{secrets.token_hex(6)}"
         self.directory = self._keep or Path(tempfile.gettempdir(), name)
         try:
