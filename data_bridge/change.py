@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Change", "Operation", "UpdateDescription"]
 
 D = TypeVar("D", bound="Document")
+_UNREAD = object()
 _log = logging.getLogger("data_bridge")
 
 
@@ -80,6 +81,9 @@ class Change(Generic[D]):
     def __init__(self, raw: dict[str, Any], model: type[D]) -> None:
         self.raw = raw
         self.model = model
+        self._full: Any = _UNREAD
+        self._before: Any = _UNREAD
+        self._document: Any = _UNREAD
 
     @property
     def operation(self) -> str:
@@ -99,11 +103,10 @@ class Change(Generic[D]):
         Raises:
             DocumentInvalid: the document does not fit the model.
         """
-        try:
-            return self._full
-        except AttributeError:
-            self._full: D | None = self._validated("fullDocument")
-            return self._full
+        if self._full is _UNREAD:
+            self._full = self._validated("fullDocument")
+        full: D | None = self._full
+        return full
 
     @property
     def full_document_before_change(self) -> D | None:
@@ -112,25 +115,23 @@ class Change(Generic[D]):
         Raises:
             DocumentInvalid: the document does not fit the model.
         """
-        try:
-            return self._before
-        except AttributeError:
-            self._before: D | None = self._validated("fullDocumentBeforeChange")
-            return self._before
+        if self._before is _UNREAD:
+            self._before = self._validated("fullDocumentBeforeChange")
+        before: D | None = self._before
+        return before
 
     @property
     def document(self) -> dict[str, Any] | None:
         """``full_document`` as ``json.dumps`` takes it; ``None`` too where it does not fit."""
-        try:
-            return self._document
-        except AttributeError:
+        if self._document is _UNREAD:
             try:
                 full = self.full_document
             except DocumentInvalid as error:
                 _log.warning("%s", error)
                 full = None
-            self._document: dict[str, Any] | None = None if full is None else to_jsonable(full)
-            return self._document
+            self._document = None if full is None else to_jsonable(full)
+        document: dict[str, Any] | None = self._document
+        return document
 
     def _validated(self, field: str) -> D | None:
         found = self.raw.get(field)

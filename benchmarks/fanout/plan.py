@@ -116,7 +116,7 @@ CONTENDERS = (
     ),
     Contender(
         "data_bridge_generator_pymongo",
-        "data-bridge, generator code, PyMongo",
+        "data-bridge, generator, PyMongo",
         FEW,
         ("ours", "generator_pymongo"),
         ours=True,
@@ -124,7 +124,7 @@ CONTENDERS = (
     ),
     Contender(
         "data_bridge_generator_motor",
-        "data-bridge, generator code, Motor",
+        "data-bridge, generator, Motor",
         FEW,
         ("ours", "generator_motor"),
         needs=("motor",),

@@ -120,8 +120,8 @@ def _footer(environment: dict[str, Any]) -> tuple[str, str]:
         f"{n} {versions[n]}" for n in ("MongoDB", "Python", "Node.js") if n in versions
     )
     return (
-        "Logarithmic scales. Pale: cut off before every client had everything. A busy server joins "
-        "changes, which makes each cheaper: fanout.md has a calm one too.",
+        "Logarithmic scales. Pale: cut off before every client had everything. Busy servers join "
+        "changes, so each is cheaper; fanout.md has a calm row.",
         f'{named}; w:"{environment["write_concern"]}", {environment["document_bytes"]}-byte '
         f"documents, {environment['cores']} cores for server, database, writer and clients.",
     )

@@ -22,11 +22,12 @@ Deliveries a second, percentiles and CPU are of everything between the first wri
 receipt. In a paced row nobody can deliver more than is offered: there CPU and latency tell
 contenders apart. Above 50 changes a second they are written in steps of 10 ms. p50 and p99 are
 from the acknowledgement of the write to the receipt by a client. CPU is user and system time of
-the server process alone, per event and client; “×” is over the bare broadcast. A server that uses
-nearly all of a core joins more changes into one send, which makes each cheaper: compare CPU where
+the server process alone, per event and client; “×” is over the bare broadcast of the same round.
+What runs in several rounds has their medians, ratios too, which need not be those of the columns.
+A server without room joins more changes into one send, which makes each cheaper: compare CPU where
 the load is calm, capacity where it is busy. The load client, the writer and the database share the
 cores with the server, so only ratios within one run mean anything elsewhere, and other work on the
-machine moves them by some per cent.
+machine moves those as well.
 """
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+from bson import ObjectId
 from pydantic_core import to_json
 
 from ..bson_types import json_ready
@@ -113,6 +114,8 @@ def change_json(change: Change[Any]) -> bytes:
 
 def id_json(id: Any) -> bytes:
     """The JSON of an ``_id``, as a model that says nothing else of its ``id`` writes it."""
+    if id.__class__ is ObjectId:  # nearly always; the way through pydantic costs five times more
+        return b'"%b"' % str(id).encode()
     return to_json(id, fallback=json_ready, bytes_mode="base64", inf_nan_mode="null")
 
 
