@@ -58,9 +58,9 @@ def promises(everything: Everything) -> Iterator[Promise]:
         mine = idle(everything, key, clients, "rss_kib")
         yield Promise(
             f"memory per idle subscriber, {driver}",
-            f"≤ {_IDLE_KIB:g} KiB",
+            f"≤ {_IDLE_KIB:g} KiB over the bare broadcast's",
             f"{words.kib(mine)} KiB (bare: {words.kib(bare)})",
-            None if mine is None else mine <= _IDLE_KIB,
+            None if mine is None or bare is None else mine - bare <= _IDLE_KIB,
         )
 
 
