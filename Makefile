@@ -36,7 +36,7 @@ format: $(VENV)/.dev
 	@$(BIN)/ruff format --quiet
 
 bench: $(VENV)/.dev
-	@$(BIN)/python -m benchmarks.$(or $(BENCH),fanout) $(ARGS)
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -127,7 +127,8 @@ class Log:
     def _joined(self, encoder: Callable[[Entry], bytes], seq: int) -> tuple[int, bytes]:
         frames = []
         size = 0
-        for entry in self.entries[seq - self.base :]:
+        for index in range(seq - self.base, len(self.entries)):
+            entry = self.entries[index]
             cache = entry.frames
             if cache is None:
                 cache = entry.frames = {}

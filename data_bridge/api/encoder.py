@@ -121,6 +121,8 @@ def id_json(id: Any) -> bytes:
 
 def one_line_json(text: bytes) -> bytes:
     """JSON without the characters that many clients take for line ends: U+0085, U+2028, U+2029."""
+    if text.isascii():  # as most is
+        return text
     if b"\xe2\x80" in text:
         text = text.replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029")
     if b"\xc2\x85" in text:

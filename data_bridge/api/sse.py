@@ -25,6 +25,25 @@ from .produced import Produced
 __all__ = ["EventSourceResponse", "ServerSentEvent"]
 
 
+_AUTOMATIC = {
+    "content-type": "text/event-stream",
+    "cache-control": "no-cache",
+    "connection": "keep-alive",
+    "x-accel-buffering": "no",
+}
+
+
+def _lower(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items()}
+
+
+def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+
+
+_HEADERS = _encoded(_AUTOMATIC)
+
+
 class EventSourceResponse(Response):
     """Streams events to a client for as long as it stays.
 
@@ -94,17 +113,10 @@ class EventSourceResponse(Response):
         self.owner = owner
         self.decided = time.monotonic()
         self.body = b""
-        automatic = {
-            "content-type": "text/event-stream",
-            "cache-control": "no-cache",
-            "connection": "keep-alive",
-            "x-accel-buffering": "no",
-        }
-        for key, value in (headers or {}).items():
-            automatic[key.lower()] = value
-        self.raw_headers = [
-            (k.encode("latin-1"), v.encode("latin-1")) for k, v in automatic.items()
-        ]
+        # A list of its own: middleware adds to it. Its items are shared by all.
+        self.raw_headers = (
+            _encoded({**_AUTOMATIC, **_lower(headers)}) if headers else list(_HEADERS)
+        )
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """The frames one by one, for tests and for other transports."""
