@@ -67,7 +67,7 @@ async def database() -> AsyncIterator[Any]:
     async with connect(database, documents=MODELS):
         yield database
     assert asyncio.all_tasks() <= before | {asyncio.current_task()}
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # those of a test before may have ended meanwhile
 
 
 async def taken(changes: ChangeStream[Any], number: int) -> list[Change[Any]]:
