@@ -18,7 +18,7 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     tail.add_argument("--sse", action="store_true", help="print what a browser would be sent")
     tail.add_argument("-n", "--limit", type=int, metavar="N", help="end after N changes")
-    tail.set_defaults(run=lambda options: asyncio.run(_tail(options)))
+    tail.set_defaults(run=lambda options: asyncio.run(_interruptible(_tail(options))))
 
     doctor = commands.add_parser(
         "doctor",
@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Checks a database step by step; the exit code is 1 if a check failed.",
     )
     doctor.add_argument("uri", metavar="URI", help="mongodb://host/shop?…")
-    doctor.set_defaults(run=lambda options: asyncio.run(_doctor(options)))
+    doctor.set_defaults(run=lambda options: asyncio.run(_interruptible(_doctor(options))))
     return parser
 
 
@@ -187,6 +187,37 @@ def _signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+async def _interruptible(command: Coroutine[Any, Any, int]) -> int:
+    """Run a command until a signal cancels it; a second one ends the process where it is.
+
+    In an event loop a handler that raises would raise in whatever task is running.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    stopping = False
+
+    def stop(number: int) -> None:
+        nonlocal stopping
+        if stopping:
+            os._exit(128 + number)
+        stopping = True
+        task.cancel()
+
+    with contextlib.suppress(NotImplementedError):  # on Windows, where the raising ones stay
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop, number)
+    try:
+        return await command
+    except asyncio.CancelledError:
+        if not stopping:
+            raise
+        return 130
+    finally:
+        with contextlib.suppress(NotImplementedError):
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
 
 
 # -- demo ---------------------------------------------------------------------------------------
