@@ -531,9 +531,11 @@ class LiveStream(Generic[M_co]):
 
     def _typed(self, entries: list[LiveEntry]) -> Iterator[LiveEvent[M_co]]:
         models = {part.question.collection: part.model for part in self.parts}
-        only = self.parts[0].question.collection if len(self.parts) == 1 else ""
+        first = self.parts[0].question.collection
         for entry in entries:
-            collection = only or entry.raw["ns"]["coll"]
+            # The loss of history, or of the database, is of no collection.
+            one = len(self.parts) == 1 or entry.operation == RESET
+            collection = first if one else entry.raw["ns"]["coll"]
             yield LiveEvent(
                 entry.operation,
                 collection,

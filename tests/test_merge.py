@@ -13,6 +13,7 @@ from pydantic import BaseModel
 import data_bridge
 from data_bridge import Document, ResumeToken, merge
 from data_bridge.errors import ModelInvalid
+from data_bridge.log import reset_entry
 
 if TYPE_CHECKING:
     from data_bridge.bridge import Bridge
@@ -242,6 +243,19 @@ async def test_the_end_of_the_database_resets_all(
         await viewer.see(lambda rows: viewer._ready and not rows)
         raw(two).insert_one({"_id": 2})
         await viewer.see(lambda rows: len(rows) == 1)
+
+
+async def test_a_loss_of_history_is_of_no_collection_and_resets_all(
+    bridge: Bridge, raw: Any
+) -> None:
+    raw(Customer).insert_one({"_id": 1})
+    async with viewing(merge(Order.live(OPEN), Customer.live())) as viewer:
+        feed = bridge._feeds[viewer.stream.scope]
+        assert feed.log is not None
+        feed._add([reset_entry(feed.log.head)], feed.log.head)
+        assert await viewer.take(4) == ["reset", "snapshot", "snapshot", "ready"]
+        assert viewer.events[-4].reason == "history lost"
+        assert len(viewer.rows) == 1
 
 
 async def test_many_who_open_at_once_share_the_snapshots(
