@@ -34,6 +34,7 @@ from .remote import Remote
 from .router import touches
 from .snapshot import Snapshot
 from .source import Scope
+from .stand_in import StandIn
 from .stream import ChangeStream, Wishes
 from .token import ResumeToken
 from .window import Ranked
@@ -289,15 +290,25 @@ class LiveStream(Generic[M_co]):
             log = place.query.log
             if not log.base <= place.seq < log.end:
                 return b""
-            place.seq, joined = log.join(encoder, place.seq)
-            last = log.entries[place.seq - log.base - 1]
+            place.seq, joined, last = log.join(encoder, place.seq)
             self._token = last.position
             self._to_show = last.operation == RESET
             return joined
         return b"".join([encoder(entry) for entry in self._entries()])
 
-    async def wait(self) -> None:
-        """Wait until something is pending, reading a new snapshot where that has to be."""
+    @property
+    def has_all(self) -> bool:
+        """Whether all that there is was taken, so that nothing but ``wait`` is left to do."""
+        to_do = self._reset or self._to_show or self._to_find or self._showing is not None
+        return not to_do and self._behind is None and self._has_all()
+
+    async def wait(self, stand_in: StandIn | None = None) -> None:
+        """Wait until something is pending, reading a new snapshot where that has to be.
+
+        Args:
+            stand_in: what to wait with where nothing else has to be done; if it wakes, the wait
+                is over.
+        """
         while not self._closed:
             await self.open()
             if self.pending:
@@ -311,7 +322,9 @@ class LiveStream(Generic[M_co]):
                 self._to_find = True
             else:
                 self._raise_if_ended()
-                await self._wait_for_news()
+                await self._wait_for_news(stand_in)
+                if stand_in is not None:
+                    return
         raise StopAsyncIteration
 
     def _raise_if_ended(self) -> None:
@@ -328,8 +341,8 @@ class LiveStream(Generic[M_co]):
         self._reset, self._to_show, self._to_find = "history lost", True, False
         self.start_fresh()  # what was seen may be newer than the snapshot that others share
 
-    async def _wait_for_news(self) -> None:
-        self._news = future = asyncio.get_running_loop().create_future()
+    async def _wait_for_news(self, stand_in: StandIn | None) -> None:
+        self._news = future = stand_in or asyncio.get_running_loop().create_future()
         for place in self._places:
             place.query.log.wait(future)
         try:

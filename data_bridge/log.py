@@ -7,6 +7,7 @@ number here, not a queue: falling behind costs nothing but, at some point, a cat
 from __future__ import annotations
 
 import asyncio
+import time
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from operator import attrgetter
 
 from .errors import DataBridgeError
 from .source import Entry
+from .stand_in import StandIn
 from .token import ResumeToken
 
 __all__ = ["RESET", "Limits", "Log", "reset_entry"]
@@ -25,6 +27,10 @@ _JOIN_BYTES = 256 * 1024
 # What the joins that are kept for others may take: everybody is at one of very few places.
 _JOINS_BYTES = 16 * _JOIN_BYTES
 _JOIN_OVERHEAD = 256
+# For how long subscribers are served before the loop gets to its other work, in seconds, and after
+# how many of them that is looked at.
+_ROUND = 0.005
+_TURNS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,10 @@ class Log:
         # Somebody has read all there is, and waits; for whoever reads only as fast as that.
         self.wanted: asyncio.Event | None = None
         self._waiting: set[asyncio.Future[None]] = set()
-        self._joins: dict[object, tuple[int, bytes]] = {}
+        self._stand_ins: dict[StandIn, None] = {}
+        self._due: list[StandIn] = []  # those that have not had their turn in this round
+        self._again = False  # whether another round is to follow it
+        self._joins: dict[object, tuple[int, bytes, Entry]] = {}
         self._joins_bytes = 0
         self._trimming = False
         self.kept: int | None = None  # nothing from this number on makes room
@@ -106,8 +115,8 @@ class Log:
             return None
         return self.base + bisect_right(self.entries, token, key=_token)
 
-    def join(self, encoder: Callable[[Entry], bytes], seq: int) -> tuple[int, bytes]:
-        """All that is pending from ``seq`` on as one piece of bytes, and where that ends.
+    def join(self, encoder: Callable[[Entry], bytes], seq: int) -> tuple[int, bytes, Entry]:
+        """All that is pending from ``seq`` on as one piece of bytes, where that ends, and the last.
 
         Subscribers at the same place share the piece; those at all share the frames.
         """
@@ -124,7 +133,7 @@ class Log:
                 asyncio.get_running_loop().call_soon(self._trim)
         return found
 
-    def _joined(self, encoder: Callable[[Entry], bytes], seq: int) -> tuple[int, bytes]:
+    def _joined(self, encoder: Callable[[Entry], bytes], seq: int) -> tuple[int, bytes, Entry]:
         frames = []
         size = 0
         for index in range(seq - self.base, len(self.entries)):
@@ -143,12 +152,18 @@ class Log:
             size += len(frame)
             if size >= _JOIN_BYTES:
                 break
-        return seq + len(frames), b"".join(frames)
+        return seq + len(frames), b"".join(frames), entry
 
     def wait(self, future: asyncio.Future[None] | None = None) -> asyncio.Future[None]:
-        """A future for the next append, finish or end; give it back with ``forget``."""
+        """A future for the next append, finish or end; give it back with ``forget``.
+
+        A stand-in stays, and acts at each append; it wakes at the end.
+        """
         if future is None:
             future = asyncio.get_running_loop().create_future()
+        if isinstance(future, StandIn) and self.wanted is None:
+            self._stand_ins[future] = None
+            return future
         self._waiting.add(future)
         if self.wanted is not None:
             self.wanted.set()
@@ -157,6 +172,7 @@ class Log:
     def forget(self, future: asyncio.Future[None]) -> None:
         """The future of a wait is not needed any more."""
         self._waiting.discard(future)
+        self._stand_ins.pop(future, None)  # type: ignore[call-overload]
 
     def forget_until(self, token: str) -> None:
         """Drop what is known up to a token."""
@@ -193,6 +209,29 @@ class Log:
         for future in waiting:
             if not future.done():
                 future.set_result(None)
+        if self.finished or self.ended is not None:
+            for stand_in in self._stand_ins:
+                stand_in.wake()
+        elif self._due:
+            self._again = True
+        elif self._stand_ins:
+            self._due = list(self._stand_ins)
+            # Not at once: others are yet to hear of what was appended, and a task may be running.
+            asyncio.get_running_loop().call_soon(self._serve)
+
+    def _serve(self) -> None:
+        """Give the stand-ins their turns, and the loop its own between them."""
+        due, until = self._due, time.monotonic() + _ROUND
+        while due:
+            for stand_in in due[-_TURNS:]:
+                stand_in.act()
+            del due[-_TURNS:]
+            if due and time.monotonic() > until:
+                asyncio.get_running_loop().call_soon(self._serve)
+                return
+        if self._again:
+            self._again = False
+            self._wake()
 
     def _trim(self) -> None:
         self._trimming = False

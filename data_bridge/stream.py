@@ -17,6 +17,7 @@ from .errors import BridgeClosed, InvalidFilter, ResumeHistoryLost
 from .filter import Filter
 from .log import RESET, Log
 from .source import Entry
+from .stand_in import StandIn
 from .token import ResumeToken
 
 if TYPE_CHECKING:
@@ -174,12 +175,13 @@ class ChangeStream(Generic[D]):
     def take(self, encoder: Callable[[Entry], bytes]) -> bytes:
         """All that is pending as one piece of bytes; empty if nothing is, or nothing matched."""
         log = self._log
-        if log is None or not log.base <= self._seq < log.end:
+        # log.end, without the price of a call: this is done for every change and subscriber.
+        if log is None or not log.base <= self._seq < log.base + len(log.entries):
             return b""
         if self._skip and self._skipped(log):
             return b""
-        self._seq, joined = log.join(encoder, self._seq)
-        self._token = log.entries[self._seq - log.base - 1].position
+        self._seq, joined, last = log.join(encoder, self._seq)
+        self._token = last.position
         return joined
 
     def _skipped(self, log: Log) -> bool:
@@ -213,8 +215,17 @@ class ChangeStream(Generic[D]):
         """Whether ``take`` has something to look at right now."""
         return self._log is not None and self._log.base <= self._seq < self._log.end
 
-    async def wait(self) -> None:
+    @property
+    def has_all(self) -> bool:
+        """Whether all that there is was taken, so that nothing but ``wait`` is left to do."""
+        return self._log is None or self._seq >= self._log.end
+
+    async def wait(self, stand_in: StandIn | None = None) -> None:
         """Wait until something is pending, moving from log to log on the way.
+
+        Args:
+            stand_in: what to wait with where nothing else has to be done; if it wakes, the wait
+                is over.
 
         Raises:
             StopAsyncIteration: the stream was closed.
@@ -236,11 +247,13 @@ class ChangeStream(Generic[D]):
                 else:
                     raise log.ended.with_traceback(None)  # many raise the same one
             else:
-                self._news = future = log.wait()
+                self._news = future = log.wait(stand_in)
                 try:
                     await future
                 finally:
                     log.forget(future)
+                if stand_in is not None:
+                    return
         raise StopAsyncIteration
 
     def _started_later(self, log: Log) -> bool:

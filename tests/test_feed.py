@@ -219,7 +219,7 @@ async def test_frames_count_towards_the_bytes_of_the_ring() -> None:
     assert len(log.entries) == 50
 
     frame = b"x" * 3000
-    end, joined = log.join(lambda _: frame, 0)
+    end, joined, _ = log.join(lambda _: frame, 0)
     assert (end, joined) == (50, frame * 50)
     await asyncio.sleep(0)
     assert log.bytes <= 100_000
@@ -240,10 +240,11 @@ async def test_joins_are_shared_and_bounded() -> None:
 
     assert log.join(encoder, 7)[1] is log.join(encoder, 7)[1]
     for seq in range(3000):
-        end, joined = log.join(encoder, seq)
+        end, joined, last = log.join(encoder, seq)
+        assert last is log.entries[end - log.base - 1]
         assert len(joined) == (end - seq) * 1000 <= 264_000
     assert next(calls) == 3000  # each change is encoded once
-    assert sum(len(joined) for _, joined in log._joins.values()) < 8 * 1024 * 1024
+    assert sum(len(joined) for _, joined, _ in log._joins.values()) < 8 * 1024 * 1024
     log.append([entry(3000)], entry(3000).position)
     assert not log._joins
 

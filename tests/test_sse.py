@@ -34,6 +34,7 @@ from data_bridge.api import App, EventSourceResponse, ServerSentEvent
 from data_bridge.api.connection import Connection
 from data_bridge.embedded import ReplicaSet
 from data_bridge.log import Limits
+from data_bridge.stand_in import StandIn
 from data_bridge.testing import Comment, Event, EventStream, Mark, events, streaming_client
 
 
@@ -582,14 +583,18 @@ def at(seconds: int, increment: int = 1) -> str:
 
 
 class Scripted:
-    """Frames of which the test decides each."""
+    """Frames of which the test decides each.
+
+    It waits with the stand-in that it is given, as most do, or ``alone``.
+    """
 
     resumable = True
 
-    def __init__(self, token: str = "Timestamp(1, 1)") -> None:
+    def __init__(self, token: str = "Timestamp(1, 1)", *, alone: bool = False) -> None:
+        self.alone = alone
         self.resume_token: ResumeToken | None = ResumeToken.parse(token)
         self.frames: list[bytes] = []
-        self.news = asyncio.Event()
+        self.news: asyncio.Future[None] | None = None
         self.error: BaseException | None = None
         self.calls: list[str] = []
         self.opening: asyncio.Event | None = None  # what open() waits for
@@ -602,6 +607,10 @@ class Scripted:
     @property
     def pending(self) -> bool:
         return bool(self.frames)
+
+    @property
+    def has_all(self) -> bool:
+        return not self.frames
 
     def start_after(self, position: ResumeToken) -> None:
         self.calls.append(f"start_after {position}")
@@ -618,17 +627,22 @@ class Scripted:
         self.frames.clear()
         return joined
 
-    async def wait(self) -> None:
+    async def wait(self, stand_in: StandIn | None = None) -> None:
+        if self.alone:
+            stand_in = None
         while not self.frames:
             if self.error is not None:
                 error, self.error = self.error, None
                 raise error
-            self.news.clear()
+            self.news = stand_in or asyncio.get_running_loop().create_future()
             self.waiting.set()
             try:
-                await self.news.wait()
+                await self.news
             finally:
                 self.waiting.clear()
+                self.news = None
+            if stand_in is not None:
+                return
 
     async def restart(self) -> None:
         self.calls.append("restart")
@@ -642,11 +656,18 @@ class Scripted:
 
     def put(self, frame: bytes) -> None:
         self.frames.append(frame)
-        self.news.set()
+        if isinstance(self.news, StandIn):
+            self.news.call()
+        else:
+            self._wake()
 
     def fail(self, error: BaseException) -> None:
         self.error = error
-        self.news.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self.news is not None and not self.news.done():
+            self.news.set_result(None)
 
 
 class Exchange:

@@ -24,6 +24,7 @@ from ..errors import (
     TooManyCursors,
 )
 from ..shutdown import track, untrack
+from ..stand_in import StandIn
 from ..stream import ChangeStream
 from ..token import ResumeToken
 
@@ -59,6 +60,10 @@ class Frames(Protocol):
     def pending(self) -> bool:
         """Whether ``take`` has something to look at right now."""
 
+    @property
+    def has_all(self) -> bool:
+        """Whether nothing is pending, and nothing but ``wait`` is left to do."""
+
     def start_after(self, position: ResumeToken) -> None:
         """Start at the position that a client sent; before ``open``."""
 
@@ -71,8 +76,10 @@ class Frames(Protocol):
     def take(self, encoder: Any) -> bytes:
         """Whole frames of what is pending, some or all, as one piece; empty if nothing matched."""
 
-    async def wait(self) -> None:
+    async def wait(self, stand_in: StandIn | None = None) -> None:
         """Wait until something is pending. May be cancelled and called again without a loss.
+
+        With a stand-in it may wait until that wakes, which acts on whatever comes meanwhile.
 
         Raises:
             ResumeHistoryLost: ``restart`` goes on from now, after the client was told.
@@ -89,14 +96,16 @@ class Frames(Protocol):
 class Connection:
     """Sends frames to one client for as long as it stays.
 
-    The request's own task does all of the sending. A second one waits for the client to leave, and
-    a timer looks whether a keep-alive is due or a send hangs; both speak to the first by
-    cancelling it, which by the contract of ``Frames.wait`` loses nothing.
+    The request's own task does the sending, and while it waits for news a stand-in does it in its
+    name. A second task waits for the client to leave, and a timer looks whether a keep-alive is due
+    or a send hangs; both speak to the first by cancelling it, which by the contract of
+    ``Frames.wait`` loses nothing.
     """
 
     __slots__ = (
         "_cancelled_before",
         "_cancels",
+        "_encoder",
         "_ending",
         "_loop",
         "_position",
@@ -107,6 +116,7 @@ class Connection:
         "_seen",
         "_send",
         "_sends",
+        "_stand_in",
         "_started",
         "_state",
         "_task",
@@ -135,6 +145,8 @@ class Connection:
         self._cancelled_before = task.cancelling()
         self._watcher: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._encoder: Any = None
+        self._stand_in: StandIn | None = None
         self._started = False
         self._ending: str | None = None
         self._cancels = 0  # cancellations of the task that are ours
@@ -192,7 +204,7 @@ class Connection:
     # -- what is sent --
 
     async def _stream(self) -> None:
-        content, response, send = self.content, self._response, self._send
+        content, response = self.content, self._response
         if response.resume and content.resumable and (position := _last_event_id(self._scope)):
             content.start_after(ResumeToken.parse(position))
         try:
@@ -203,7 +215,7 @@ class Connection:
             first = response.reset(content)
         if response.own_ids and content.resume_token is not None:
             self._position = (1, str(content.resume_token))
-        encoder = response.encoder
+        encoder = self._encoder = response.encoder
         first += content.take(encoder)
         await self._start()
         await self._send_body(first)  # also if empty: servers may hold the headers back until then
@@ -212,7 +224,8 @@ class Connection:
                 if content.pending:
                     await asyncio.sleep(0)
                 else:
-                    await content.wait()
+                    self._stand_in = StandIn(self._task, self._act)
+                    await content.wait(self._stand_in)
             except asyncio.CancelledError:
                 if not self._only_ours() or self._ending is not None:
                     raise
@@ -222,15 +235,21 @@ class Connection:
                 await content.restart()
                 await self._send_body(response.reset(content))
             if chunk := content.take(encoder):
-                # _send_body(), without the price of a call: this line is the busiest of all.
-                self._sends += 1
-                self._state = _SENDING
-                try:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                except OSError:
-                    self._ending = "left"
-                    return
-                self._state = _WAITING
+                await self._send_body(chunk)
+
+    def _act(self) -> None:
+        """Send what is new in the name of the task, which waits."""
+        content, stand_in = self.content, self._stand_in
+        assert stand_in is not None
+        try:
+            chunk = content.take(self._encoder)
+        except Exception as error:  # what the application's own functions raise ends the stream
+            stand_in.fail(error)
+            return
+        if chunk:
+            stand_in.run(self._send_body(chunk))
+        if not content.has_all:
+            stand_in.wake()
 
     async def _send_body(self, body: bytes) -> None:
         self._sends += 1

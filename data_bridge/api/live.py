@@ -30,6 +30,7 @@ from ..log import RESET
 from ..order import key
 from ..query import LiveEntry
 from ..question import question_of
+from ..stand_in import StandIn
 from ..token import ResumeToken, event_id
 from .encoder import id_json, one_line_json
 
@@ -175,7 +176,11 @@ class Authorized:
         frames, self._frames = self._frames, []
         return b"".join(frames)
 
-    async def wait(self) -> None:
+    @property
+    def has_all(self) -> bool:
+        return not self._frames
+
+    async def wait(self, stand_in: StandIn | None = None) -> None:
         while not self._frames:
             if self._deciding is None:
                 event = self._stream.next_event()

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
 
+from ..stand_in import StandIn
 from ..token import ResumeToken
 
 __all__ = ["Produced"]
@@ -61,6 +62,10 @@ class Produced:
     def pending(self) -> bool:
         return bool(self._frames)
 
+    @property
+    def has_all(self) -> bool:
+        return not self._frames
+
     def start_after(self, position: ResumeToken) -> None:
         """Iterators have ids of their own; the handler reads ``Last-Event-ID`` for them."""
 
@@ -87,7 +92,7 @@ class Produced:
             self._room.set_result(None)
         return joined
 
-    async def wait(self) -> None:
+    async def wait(self, stand_in: StandIn | None = None) -> None:
         task = self._task
         assert task is not None
         while not self._frames:
@@ -95,11 +100,13 @@ class Produced:
                 if not task.cancelled():
                     task.result()
                 raise StopAsyncIteration
-            self._news = asyncio.get_running_loop().create_future()
+            self._news = stand_in or asyncio.get_running_loop().create_future()
             try:
                 await self._news
             finally:
                 self._news = None
+            if stand_in is not None:
+                return
 
     async def restart(self) -> None:
         """An iterator that lost its history has ended with that."""
@@ -126,7 +133,7 @@ class Produced:
                         raise
         finally:
             await _closed(items)
-            self._tell()
+            self._tell(last=True)
 
     async def _has_room(self) -> None:
         while len(self._frames) >= _AHEAD_FRAMES or self._size >= _AHEAD_BYTES:
@@ -143,9 +150,14 @@ class Produced:
             with suppress(asyncio.CancelledError, StopAsyncIteration):
                 await throw(asyncio.CancelledError())
 
-    def _tell(self) -> None:
-        if self._news is not None and not self._news.done():
-            self._news.set_result(None)
+    def _tell(self, *, last: bool = False) -> None:
+        news = self._news
+        if news is None or news.done():
+            return
+        if isinstance(news, StandIn) and not last:
+            news.call()
+        else:
+            news.set_result(None)
 
     async def aclose(self) -> None:
         self._closing = True
