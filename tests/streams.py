@@ -53,6 +53,15 @@ async def orders() -> EventSourceResponse:
     )
 
 
+@app.get("/slow-readers")
+async def slow_readers() -> int:
+    return sum(feed.slow_readers for feed in app.bridge.stats().feeds)
+
+
+app.live("/live", Order, send_timeout=SEND_TIMEOUT)
+app.live("/authorized", Order, send_timeout=SEND_TIMEOUT, authorize=lambda event, request: True)
+
+
 @app.get("/ticks")
 async def ticks() -> EventSourceResponse:
     async def generate() -> AsyncIterator[ServerSentEvent]:

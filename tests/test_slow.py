@@ -131,14 +131,15 @@ class Reader:
 class Stuck:
     """A client that reads the beginning of its stream, and nothing more until it is asked to."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, path: str = "/orders") -> None:
         self.connection = socket.socket()
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self.connection.settimeout(60)
         self.connection.connect(("127.0.0.1", port))
-        self.connection.sendall(b"GET /orders HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.connection.sendall(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path.encode())
         self.received = bytearray()
-        while b"\nid: " not in self.received:
+        begun = b"\nid: " if path == "/orders" else b"event: ready\n"
+        while begun not in self.received:
             self.received += self.connection.recv(512)
         assert self.received.startswith(b"HTTP/1.1 200 OK")
 
@@ -155,7 +156,8 @@ class Stuck:
         """The numbers of all orders received, and the last event id."""
         decoder = EventDecoder()
         found = decoder.feed(unchunked(bytes(self.received.partition(b"\r\n\r\n")[2])))
-        return [number(e) for e in found if isinstance(e, Event)], decoder.last_event_id
+        inserts = [e for e in found if isinstance(e, Event) and e.event == "insert"]
+        return [number(e) for e in inserts], decoder.last_event_id
 
     def close(self) -> None:
         self.connection.close()
@@ -243,28 +245,31 @@ async def test_memory_does_not_grow_with_what_clients_miss(
     await reader.close()
 
 
-async def test_a_client_that_never_reads_again_is_cut_off_and_can_resume(
-    start: Callable[..., Any], write: Callable[..., Any]
+@pytest.mark.parametrize("path", ["/orders", "/live", "/authorized"])
+async def test_a_client_that_never_reads_again_is_cut_off_and_counted_and_can_resume(
+    start: Callable[..., Any], write: Callable[..., Any], path: str
 ) -> None:
     server = await start(SEND_TIMEOUT="1")
     reader = Reader(f"{server.url}/orders")
     await reader.open.wait()
     without = sockets(server)
-    client = await asyncio.to_thread(Stuck, server.port)
+    client = await asyncio.to_thread(Stuck, server.port, path)
     assert sockets(server) == without + 1
     await write(0, 1000)
     assert await reader.has(999) == list(range(1000))  # that one is not delayed, nor cut
     async with asyncio.timeout(60):
         while sockets(server) > without:
             await asyncio.sleep(0.05)
+    async with httpx.AsyncClient() as http:
+        assert (await http.get(f"{server.url}/slow-readers")).json() == 1
 
     await asyncio.to_thread(client.read, None)
     client.close()
     seen, last = client.events()
     assert len(seen) < 1000
     assert seen == list(range(len(seen)))
-    if seen:
-        again = Reader(f"{server.url}/orders", last)
+    if seen and path != "/authorized":  # which shows everything anew
+        again = Reader(f"{server.url}{path}", last)
         assert await again.has(999) == list(range(len(seen), 1000))
         await again.close()
     await reader.close()

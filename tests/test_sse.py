@@ -649,6 +649,9 @@ class Scripted:
         if self.restarting is not None:
             await self.restarting.wait()
 
+    def stalled(self) -> None:
+        self.calls.append("stalled")
+
     async def aclose(self) -> None:
         self.calls.append("aclose")
 

@@ -25,7 +25,6 @@ from ..errors import (
 )
 from ..shutdown import track, untrack
 from ..stand_in import StandIn
-from ..stream import ChangeStream
 from ..token import ResumeToken
 
 if TYPE_CHECKING:
@@ -88,6 +87,9 @@ class Frames(Protocol):
 
     async def restart(self) -> None:
         """Go on from now."""
+
+    def stalled(self) -> None:
+        """Have it counted that the client was cut off because it took nothing."""
 
     async def aclose(self) -> None:
         """Let go of everything; also if it was never opened."""
@@ -195,8 +197,7 @@ class Connection:
             return
         if self._ending == "stalled":
             _log.info("a client was cut off because it took nothing for a while; it can resume")
-            if isinstance(self.content, ChangeStream):
-                self.content.stalled()
+            self.content.stalled()
             await self._cut()
         elif self._ending != "left":
             await self._finish()

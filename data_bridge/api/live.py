@@ -242,6 +242,9 @@ class Authorized:
     async def restart(self) -> None:
         await self._stream.restart()
 
+    def stalled(self) -> None:
+        self._stream.stalled()
+
     async def __aiter__(self) -> AsyncIterator[bytes]:
         await self.open()
         while True:

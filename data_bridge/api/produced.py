@@ -113,6 +113,9 @@ class Produced:
         assert self._task is not None
         self._task.result()
 
+    def stalled(self) -> None:
+        """No feed is known to count it for."""
+
     async def _produce(self) -> None:
         items, frames, frame = self._items, self._frames, self._frame
         self._begun = True
