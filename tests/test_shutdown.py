@@ -208,7 +208,8 @@ async def test_sigterm_finishes_a_thousand_streams_and_the_process_ends(
         (*GUNICORN, "--workers", "2"),
         (*HYPERCORN, "--workers", "0"),
         (*HYPERCORN, "--workers", "0", "--worker-class", "uvloop"),
-        HYPERCORN,  # tells its workers nothing, and cancels after a grace period of 3 s
+        # It tells its workers nothing, and cancels what they do after a grace period.
+        (*HYPERCORN, "--graceful-timeout", "1"),
     ],
     ids=[
         "uvicorn h11",
