@@ -222,16 +222,17 @@ class Log:
     def _serve(self) -> None:
         """Give the stand-ins their turns, and the loop its own between them."""
         due, until = self._due, time.monotonic() + _ROUND
-        while due:
-            for stand_in in due[-_TURNS:]:
-                stand_in.act()
-            del due[-_TURNS:]
-            if due and time.monotonic() > until:
+        try:
+            while due:
+                due.pop().act()
+                if not len(due) % _TURNS and time.monotonic() > until:
+                    break
+        finally:  # whatever one of them raises, it is not the end of the others
+            if due:
                 asyncio.get_running_loop().call_soon(self._serve)
-                return
-        if self._again:
-            self._again = False
-            self._wake()
+            elif self._again:
+                self._again = False
+                self._wake()
 
     def _trim(self) -> None:
         self._trimming = False

@@ -335,8 +335,7 @@ async def test_the_loop_gets_its_turns_while_many_are_served(
     while feed.log._due:
         await asyncio.sleep(0)
         served.append(sum(len(c.found) for c in clients))
-    assert len(served) == 100 // 16 + 1
-    assert served[-1] == 100
+    assert served == [4, 20, 36, 52, 68, 84, 100]
     for client in clients:
         client.gone.set()
         await client.task
@@ -361,6 +360,26 @@ async def test_who_falls_out_of_the_log_in_a_round_wakes_up_to_catch_up(
     monkeypatch.setattr(feed, "attach", attach)
     await until(lambda: all(c.found[-1:] == [6] for c in clients))
     assert set(attached) == {at(0)}  # where those are that had nothing yet; others went on
+    for client in clients:
+        client.gone.set()
+        await client.task
+
+
+async def test_what_goes_wrong_for_one_is_not_the_end_of_the_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    feed = OnlyLog()
+    clients = [Client(feed) for _ in range(10)]
+    await until(lambda: len(feed.log._stand_ins) == 10)
+
+    def broken() -> None:
+        raise AssertionError("a bug")
+
+    list(feed.log._stand_ins)[5]._step = broken
+    for number in range(1, 4):
+        feed.append(1)
+        await until(lambda n=number: sum(len(c.found) for c in clients) == 9 * n)
+    assert caplog.text.count("AssertionError: a bug") == 3
     for client in clients:
         client.gone.set()
         await client.task
