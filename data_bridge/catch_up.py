@@ -106,7 +106,7 @@ class CatchUps:
             if log.ended is None:
                 if (seq := log.seek(position.hex)) is not None:
                     return log, seq
-            elif not (isinstance(log.ended, ResumeHistoryLost) and position.hex > log.floor):
+            elif not (isinstance(log.ended, ResumeHistoryLost) and position.floor > log.floor):
                 raise log.ended.with_traceback(None)
             # It began before this position, and that may be lost where this is not.
 
@@ -117,7 +117,7 @@ class CatchUps:
             while True:
                 if self._closed:
                     raise BridgeClosed("the bridge was closed")
-                if position.hex <= self._lost:
+                if position.floor <= self._lost:
                     raise lost(self._scope)
                 log = self._joinable(position)
                 if log is None and self._slots.take():

@@ -68,9 +68,7 @@ class Log:
     def __init__(self, start: ResumeToken, limits: Limits) -> None:
         self.entries: list[Entry] = []
         self.base = 0  # the sequence number of entries[0]
-        # Every change after this token and up to head is in entries. The server's mark before all
-        # of one time is as good as the time alone, which is shorter and so comes before it.
-        self.floor = start.hex[:18] if start.is_high_water else start.hex
+        self.floor = start.floor  # every change after this and up to head is in entries
         self.bytes = 0
         self._head = start
         self.ended: DataBridgeError | None = None

@@ -261,7 +261,7 @@ class ChangeStream(Generic[D]):
         return (
             isinstance(log.ended, ResumeHistoryLost)
             and self._token is not None
-            and self._token.hex > log.floor
+            and self._token.floor > log.floor
         )
 
     async def _attach(self, position: ResumeToken | None, *, running: bool = False) -> None:

@@ -137,6 +137,15 @@ class ResumeToken:
         return self.hex[22:24] == "29"
 
     @property
+    def floor(self) -> str:
+        """The position in hex, as where a log begins: everything after it is there.
+
+        The server's mark before all of one time is as good as the time alone, which is shorter and
+        so comes before it.
+        """
+        return self.hex[:18] if self.is_high_water else self.hex
+
+    @property
     def is_invalidate(self) -> bool:
         """Whether this is the token of an invalidate, after which only ``startAfter`` goes on."""
         shape = _SHAPE.fullmatch(self.hex)

@@ -411,8 +411,8 @@ def rolling() -> Iterator[ReplicaSet]:
         yield replica_set
 
 
-def roll(rolling: ReplicaSet, position: ResumeToken) -> None:
-    """Write until the server has forgotten a position."""
+def roll(rolling: ReplicaSet, position: ResumeToken) -> Timestamp:
+    """Write until the server has forgotten a position; the time after that."""
     with MongoClient[dict[str, Any]](rolling.uri) as client:
         filler = client["filler"]["filler"]
         for _ in range(200):
@@ -423,23 +423,30 @@ def roll(rolling: ReplicaSet, position: ResumeToken) -> None:
             except OperationFailure as error:
                 assert error.code == 286
                 client.drop_database("filler")
-                return
+                newest = client["local"]["oplog.rs"].find_one(sort=[("$natural", -1)])
+                assert newest is not None
+                return Timestamp(newest["ts"].time, newest["ts"].inc)
     raise AssertionError("the oplog did not roll")
 
 
 async def test_a_position_that_is_gone_is_said_to_be(driver_name: str, rolling: ReplicaSet) -> None:
     async with bridged(driver_name, rolling.uri, f"gone_{driver_name}") as bridge:
         async with bridge.watch(Thing) as changes:
+            mark = changes.resume_token  # of a quiet stream: what most clients come back with
+            assert mark is not None and mark.is_high_water
             await bridge.driver.collection("fed_things").insert_one({"_id": 1})
             position = (await taken(changes, 1))[0].resume_token
     await asyncio.to_thread(roll, rolling, position)
     async with bridged(driver_name, rolling.uri, f"gone_{driver_name}") as bridge:
         with pytest.raises(ResumeHistoryLost, match="no longer has the history"):
+            await taken(bridge.watch(Thing, resume_after=str(mark)), 1)
+        assert bridge.stats().feeds[0].catch_ups == 1
+        with pytest.raises(ResumeHistoryLost, match="no longer has the history"):
             await taken(bridge.watch(Thing, resume_after=str(position)), 1)
         # From here on it is known without asking the server.
         while bridge._slots.take():
             pass
-        for known in (position, position.cluster_time, str(position)):
+        for known in (mark, position, position.cluster_time, str(position)):
             with pytest.raises(ResumeHistoryLost):
                 async with bridge.watch(Thing, resume_after=known):
                     pass
@@ -481,8 +488,8 @@ async def test_a_quiet_stream_resumes_after_the_oplog_rolled_past_its_last_chang
             await documents.insert_one({"_id": 1})
             last = (await taken(changes, 1))[0].resume_token
             waiting = asyncio.create_task(anext(picky))
-            await asyncio.to_thread(roll, rolling, last)
-            await until(lambda: all((s.resume_token or last) > last for s in (changes, picky)))
+            after = ResumeToken.at(await asyncio.to_thread(roll, rolling, last))
+            await until(lambda: all((s.resume_token or last) > after for s in (changes, picky)))
             positions = [s.resume_token for s in (changes, picky)]
             waiting.cancel()
     async with bridged(driver_name, rolling.uri, name) as bridge:

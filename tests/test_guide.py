@@ -364,7 +364,7 @@ async def watched(app: App, number: int = 1) -> None:
     async with asyncio.timeout(20):
         while True:
             feeds = list(app.bridge._feeds.values())
-            if feeds and feeds[0].log is not None and len(feeds[0].log._stand_ins) >= number:
+            if feeds and feeds[0].log is not None and len(feeds[0].log._waiting) >= number:
                 return
             await asyncio.sleep(0.005)
 
