@@ -14,8 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from heapq import merge as in_order
 from operator import attrgetter
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from pydantic import BaseModel
 
@@ -35,7 +34,7 @@ from .router import touches
 from .snapshot import Snapshot
 from .source import Scope
 from .stand_in import StandIn
-from .stream import ChangeStream, Wishes
+from .stream import ChangeStream, Stream, Wishes
 from .token import ResumeToken
 from .window import Ranked
 
@@ -141,7 +140,7 @@ class _Showing:
     at_ready: bool = False
 
 
-class LiveStream(Generic[M_co]):
+class LiveStream(Stream, Generic[M_co]):
     """The documents that match, and then their changes: ``async for event in Order.live(…)``.
 
     Raises, from iteration and on entry:
@@ -200,25 +199,6 @@ class LiveStream(Generic[M_co]):
         elif self._places and not self._to_find and self._has_all():
             token = max(self._head(), token)
         return ResumeToken(token.hex, token.type_bits, self.epoch)
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self.open()
-        except BaseException:
-            await self.aclose()
-            raise
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
-
-    def __aiter__(self) -> Self:
-        return self
 
     async def __anext__(self) -> LiveEvent[M_co]:
         while True:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .document import Document
     from .feed import Feed
 
-__all__ = ["ChangeStream", "Wishes"]
+__all__ = ["ChangeStream", "Stream", "Wishes"]
 
 D = TypeVar("D", bound="Document")
 _SOME = 500  # changes that are looked at before others get a turn
@@ -62,7 +62,38 @@ class Wishes:
         return any(filter.matches(document) for document in known)
 
 
-class ChangeStream(Generic[D]):
+class Stream:
+    """Open on entry, closed on exit, iterated between the two or without them."""
+
+    async def open(self) -> None:
+        """Be ready, unless it is already."""
+        raise NotImplementedError
+
+    async def aclose(self) -> None:
+        """Let go of everything; iterating ends."""
+        raise NotImplementedError
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.open()
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+
+class ChangeStream(Stream, Generic[D]):
     """The changes to a collection, from a position on, in order, each once.
 
     ``async for change in Order.watch()`` starts from now when the loop starts.
@@ -106,25 +137,6 @@ class ChangeStream(Generic[D]):
         if log is not None and self._seq >= log.end and (token is None or log.head > token):
             return log.head
         return token
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self.open()
-        except BaseException:
-            await self.aclose()
-            raise
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
-
-    def __aiter__(self) -> Self:
-        return self
 
     async def __anext__(self) -> Change[D]:
         while True:
