@@ -48,11 +48,6 @@ class Operation(StrEnum):
     RESHARD_COLLECTION = "reshardCollection"
     REFINE_COLLECTION_SHARD_KEY = "refineCollectionShardKey"
 
-    @classmethod
-    def of(cls, name: str) -> str:
-        """The member of that name, or the name itself: servers to come send types to come."""
-        return _OPERATIONS.get(name, name)
-
 
 _OPERATIONS: dict[str, str] = {o.value: o for o in Operation}
 
@@ -88,7 +83,9 @@ class Change(Generic[D]):
     @property
     def operation(self) -> str:
         """What happened: an ``Operation``, or a plain string for a type that is not known yet."""
-        return Operation.of(self.raw["operationType"])
+        # Servers to come send types to come.
+        name: str = self.raw["operationType"]
+        return _OPERATIONS.get(name, name)
 
     @property
     def document_id(self) -> Any:
