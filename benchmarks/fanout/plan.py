@@ -130,6 +130,7 @@ CONTENDERS = (
         needs=("motor",),
         ours=True,
         mark=SPACED,
+        rounds=ROUNDS,
     ),
     Contender(
         "sse_starlette_per_client",
