@@ -62,6 +62,9 @@ class Wishes:
         return any(filter.matches(document) for document in known)
 
 
+_EVERYTHING = Wishes()
+
+
 class Stream:
     """Open on entry, closed on exit, iterated between the two or without them."""
 
@@ -119,6 +122,7 @@ class ChangeStream(Stream, Generic[D]):
     ) -> None:
         self.model = model
         self.wishes = wishes
+        self._wants = None if wishes == _EVERYTHING else wishes.wants
         self._open_feed = feed
         self._feed: Feed | None = None
         self._log: Log | None = None
@@ -150,8 +154,11 @@ class ChangeStream(Stream, Generic[D]):
                 self._token = entry.position
                 if entry.operation == RESET:
                     raise _lost_meanwhile()
-                if self.wishes.wants(entry):
-                    return entry.typed(self.model)
+                if self._wants is None or self._wants(entry):
+                    change: Change[D] | None = entry.change  # typed(), without the price of a call
+                    if change is None or change.model is not self.model:
+                        change = entry.typed(self.model)
+                    return change
             elif log is None:
                 await self.wait()
             else:

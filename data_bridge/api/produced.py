@@ -126,7 +126,7 @@ class Produced:
                 made = frame(item)
                 frames.append(made)
                 self._size += len(made)
-                if self._news is not None:
+                if len(frames) == 1:  # all that are there are taken at once
                     self._tell()
                 if len(frames) >= _AHEAD_FRAMES or self._size >= _AHEAD_BYTES:
                     try:
