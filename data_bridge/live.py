@@ -596,11 +596,6 @@ class LiveStream(Stream, Generic[M_co]):
 
     # -- leaving --
 
-    def stalled(self) -> None:
-        """Have it counted that whoever reads this was closed because they took nothing."""
-        if self._feed is not None:
-            self._feed.slow_readers += 1
-
     def _leave(self) -> None:
         if self._closed:
             return

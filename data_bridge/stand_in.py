@@ -97,8 +97,6 @@ class StandIn(asyncio.Future[None]):
         if self._begun is not None:
             yield from _rest(self._begun, self._yielded, cancelled)
 
-    __iter__ = __await__
-
 
 def _rest(
     coroutine: Coroutine[Any, Any, None], yielded: Any, error: BaseException | None

@@ -68,6 +68,13 @@ _EVERYTHING = Wishes()
 class Stream:
     """Open on entry, closed on exit, iterated between the two or without them."""
 
+    _feed: Feed | None  # once it is open
+
+    def stalled(self) -> None:
+        """Have it counted that whoever reads this was closed because they took nothing."""
+        if self._feed is not None:
+            self._feed.slow_readers += 1
+
     async def open(self) -> None:
         """Be ready, unless it is already."""
         raise NotImplementedError
@@ -305,11 +312,6 @@ class ChangeStream(Stream, Generic[D]):
             self._log = None
             if self._feed is not None:
                 self._feed.leave()
-
-    def stalled(self) -> None:
-        """Have it counted that whoever reads this was closed because they took nothing."""
-        if self._feed is not None:
-            self._feed.slow_readers += 1
 
     def __del__(self) -> None:
         # `async for change in Order.watch()` never closes what it iterates.
