@@ -212,7 +212,9 @@ def at(number: int) -> ResumeToken:
 class Client:
     """A connection to one: it notes what it is sent, and how."""
 
-    def __init__(self, feed: Any, *, slow: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, feed: Any, *, slow: Callable[[], bool] = lambda: False, event: Any = "e"
+    ) -> None:
         self.body = b""
         self.slow = slow
         self.gone = asyncio.Event()
@@ -220,7 +222,7 @@ class Client:
         self.seen: set[tuple[Any, str]] = set()
         stream: Any = ChangeStream(lambda: feed, Thing, None, Wishes())
         response = EventSourceResponse(
-            stream, event="e", data=lambda change: change.document_id, keep_alive=None
+            stream, event=event, data=lambda change: change.document_id, keep_alive=None
         )
         scope = {"type": "http", "method": "GET", "headers": [], "query_string": b"", "path": "/"}
         self.task = asyncio.create_task(self._run(response, scope))
@@ -255,6 +257,19 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0)
 
 
+async def waiting(feed: OnlyLog, number: int, **options: Any) -> list[Client]:
+    """So many clients that wait for news."""
+    clients = [Client(feed, **options) for _ in range(number)]
+    await until(lambda: len(feed.log._stand_ins) == number)
+    return clients
+
+
+async def leave(clients: list[Client]) -> None:
+    for client in clients:
+        client.gone.set()
+    await asyncio.gather(*(client.task for client in clients))
+
+
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 @pytest.mark.parametrize("slowly", [0, 0.3, 0.9])
 @pytest.mark.parametrize("round", [0.0, 1.0])
@@ -269,8 +284,7 @@ def test_everybody_gets_everything_once_and_in_order_however_slowly_they_take_it
 async def everybody_gets_everything(slowly: float) -> None:
     dice = random.Random(1)
     feed = OnlyLog()
-    clients = [Client(feed, slow=lambda: dice.random() < slowly) for _ in range(100)]
-    await until(lambda: len(feed.log._stand_ins) == 100)
+    clients = await waiting(feed, 100, slow=lambda: dice.random() < slowly)
     for _ in range(50):
         feed.append(dice.randint(1, 5))
         for _ in range(dice.randint(0, 5)):
@@ -280,8 +294,7 @@ async def everybody_gets_everything(slowly: float) -> None:
     for client in clients:
         assert client.found == everything
         assert client.seen == {(client.task, f"client {id(client)}")}
-        client.gone.set()
-    await asyncio.gather(*(c.task for c in clients))
+    await leave(clients)
     assert not feed.log._stand_ins
 
 
@@ -298,9 +311,7 @@ async def test_who_is_slow_holds_up_nobody() -> None:
     stuck[0] = False
     await until(lambda: len(slow.found) == 100)
     assert slow.found == fast.found == list(range(1, 101))
-    for client in (slow, fast):
-        client.gone.set()
-        await client.task
+    await leave([slow, fast])
 
 
 async def test_who_leaves_while_others_are_served_is_not_served(
@@ -308,8 +319,7 @@ async def test_who_leaves_while_others_are_served_is_not_served(
 ) -> None:
     monkeypatch.setattr(log, "_ROUND", 0.0)
     feed = OnlyLog()
-    clients = [Client(feed) for _ in range(100)]
-    await until(lambda: len(feed.log._stand_ins) == 100)
+    clients = await waiting(feed, 100)
     feed.append(1)
     await asyncio.sleep(0)
     for client in clients[:10]:  # they come last
@@ -318,9 +328,7 @@ async def test_who_leaves_while_others_are_served_is_not_served(
     await asyncio.wait([c.task for c in clients[:10]])
     await until(lambda: not feed.log._due)
     assert [len(c.found) for c in clients] == [0] * 10 + [1] * 90
-    for client in clients[10:]:
-        client.gone.set()
-        await client.task
+    await leave(clients[10:])
 
 
 async def test_the_loop_gets_its_turns_while_many_are_served(
@@ -328,17 +336,14 @@ async def test_the_loop_gets_its_turns_while_many_are_served(
 ) -> None:
     monkeypatch.setattr(log, "_ROUND", 0.0)
     feed = OnlyLog()
-    clients = [Client(feed) for _ in range(100)]
-    await until(lambda: len(feed.log._stand_ins) == 100)
+    clients = await waiting(feed, 100)
     feed.append(1)
     served = []
     while feed.log._due:
         await asyncio.sleep(0)
         served.append(sum(len(c.found) for c in clients))
     assert served == [4, 20, 36, 52, 68, 84, 100]
-    for client in clients:
-        client.gone.set()
-        await client.task
+    await leave(clients)
 
 
 async def test_who_falls_out_of_the_log_in_a_round_wakes_up_to_catch_up(
@@ -346,8 +351,7 @@ async def test_who_falls_out_of_the_log_in_a_round_wakes_up_to_catch_up(
 ) -> None:
     monkeypatch.setattr(log, "_ROUND", 0.0)
     feed = OnlyLog(Limits(log_entries=5))
-    clients = [Client(feed) for _ in range(40)]
-    await until(lambda: len(feed.log._stand_ins) == 40)
+    clients = await waiting(feed, 40)
     feed.append(1)
     await asyncio.sleep(0)
     feed.append(5)  # the first is dropped before the last clients had it
@@ -360,17 +364,14 @@ async def test_who_falls_out_of_the_log_in_a_round_wakes_up_to_catch_up(
     monkeypatch.setattr(feed, "attach", attach)
     await until(lambda: all(c.found[-1:] == [6] for c in clients))
     assert set(attached) == {at(0)}  # where those are that had nothing yet; others went on
-    for client in clients:
-        client.gone.set()
-        await client.task
+    await leave(clients)
 
 
 async def test_what_goes_wrong_for_one_is_not_the_end_of_the_others(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     feed = OnlyLog()
-    clients = [Client(feed) for _ in range(10)]
-    await until(lambda: len(feed.log._stand_ins) == 10)
+    clients = await waiting(feed, 10)
 
     def broken() -> None:
         raise AssertionError("a bug")
@@ -380,15 +381,12 @@ async def test_what_goes_wrong_for_one_is_not_the_end_of_the_others(
         feed.append(1)
         await until(lambda n=number: sum(len(c.found) for c in clients) == 9 * n)
     assert caplog.text.count("AssertionError: a bug") == 3
-    for client in clients:
-        client.gone.set()
-        await client.task
+    await leave(clients)
 
 
 async def test_the_end_of_a_feed_wakes_everybody_and_what_is_pending_comes_first() -> None:
     feed = OnlyLog()
-    clients = [Client(feed) for _ in range(40)]
-    await until(lambda: len(feed.log._stand_ins) == 40)
+    clients = await waiting(feed, 40)
     feed.append(3)
     feed.log.end_with(BridgeClosed("closed"))
     await asyncio.gather(*(c.task for c in clients))
@@ -398,26 +396,14 @@ async def test_the_end_of_a_feed_wakes_everybody_and_what_is_pending_comes_first
 
 
 async def test_an_error_of_the_applications_own_function_ends_the_stream_and_no_other() -> None:
-    feed = OnlyLog()
-    other = Client(feed)
-
     def fails(change: Any) -> str:
         raise ZeroDivisionError("no name for it")
 
-    stream: Any = ChangeStream(lambda: feed, Thing, None, Wishes())
-    response = EventSourceResponse(stream, event=fails)
-    scope = {"type": "http", "method": "GET", "headers": [], "query_string": b"", "path": "/"}
-
-    async def receive() -> Any:
-        await asyncio.Event().wait()
-
-    async def send(message: Any) -> None: ...
-
-    task = asyncio.create_task(response(scope, receive, send))  # type: ignore[arg-type]
+    feed = OnlyLog()
+    failing, other = Client(feed, event=fails), Client(feed)
     await until(lambda: len(feed.log._stand_ins) == 2)
     feed.append(1)
     with pytest.raises(ZeroDivisionError, match="no name for it"):
-        await task
+        await failing.task
     await until(lambda: other.found == [1])
-    other.gone.set()
-    await other.task
+    await leave([other])
