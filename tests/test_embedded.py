@@ -312,8 +312,9 @@ def test_where_there_is_no_mongod_the_remedy_is_said(
 # -- nothing outlives its owner -----------------------------------------------------------------
 
 OWNER = """
-import sys, threading
+import signal, sys, threading
 from data_bridge.embedded import ReplicaSet
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 replica_set = ReplicaSet({nodes}, replica=False)
 starter = threading.Thread(target=replica_set.start)  # a thread that ends before its servers do
 starter.start()

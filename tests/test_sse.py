@@ -564,8 +564,13 @@ async def test_quiet_and_filtered_streams_keep_their_place_and_others_are_told_o
 async def test_a_generator_whose_history_is_lost_ends_and_its_client_starts_anew(
     rolling: ReplicaSet,
 ) -> None:
+    past = Timestamp(1_000_000_000, 1)
+    # A server that has forgotten nothing yet resumes from any time.
+    with MongoClient[Any](rolling.uri) as mongo:
+        await asyncio.to_thread(roll, mongo, ResumeToken.at(oldest(mongo)))
+
     async def generate() -> AsyncIterator[Any]:
-        async for change in SseOrder.watch(resume_after=Timestamp(1_000_000_000, 1)):
+        async for change in SseOrder.watch(resume_after=past):
             yield change
 
     app = watching(rolling.database_uri("generators"), watch=generate)
