@@ -26,6 +26,7 @@ from ..errors import (
 from ..shutdown import track, untrack
 from ..stand_in import StandIn
 from ..token import ResumeToken
+from .direct import direct
 
 if TYPE_CHECKING:
     from .sse import EventSourceResponse
@@ -276,6 +277,7 @@ class Connection:
                 "headers": headers,
             }
         )
+        self._send = direct(self._send)
         self._state = _WAITING
 
     async def _finish(self, last: bytes = b"") -> None:
