@@ -20,7 +20,7 @@ from pymongo import MongoClient
 from pymongo.errors import ConnectionFailure, OperationFailure
 
 from data_bridge import embedded
-from data_bridge.embedded import ReplicaSet, find_mongod
+from data_bridge.embedded import JOURNAL_INTERVAL, ReplicaSet, find_mongod
 from data_bridge.errors import EmbeddedServerFailed
 
 Client = MongoClient[dict[str, Any]]
@@ -125,6 +125,12 @@ def test_servers_listen_on_the_loopback_address_only(replica_set: ReplicaSet) ->
     with Client(replica_set.uri) as client:
         options = client.admin.command("getCmdLineOpts")["parsed"]["net"]
     assert options["bindIp"] == "127.0.0.1"
+
+
+def test_what_waits_for_the_journal_does_not_wait_long(replica_set: ReplicaSet) -> None:
+    with Client(replica_set.uri) as client:
+        storage = client.admin.command("getCmdLineOpts")["parsed"]["storage"]
+    assert storage["journal"]["commitIntervalMs"] == JOURNAL_INTERVAL
 
 
 def test_parameters_and_the_oplog_size_reach_the_server() -> None:
