@@ -96,6 +96,25 @@ async def database(client: Any, database_name: str) -> Any:
     return client[database_name]
 
 
+@pytest.fixture(autouse=True)
+def models_of_one_application(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bridge prepares every model of its process; here not those of the other test modules."""
+    from data_bridge import bridge
+
+    declared, mine = bridge._declared, request.module.__name__
+
+    def declared_here(base: Any) -> list[Any]:
+        return [
+            m
+            for m in declared(base)
+            if m.__module__ == mine or not m.__module__.startswith("test_")
+        ]
+
+    monkeypatch.setattr(bridge, "_declared", declared_here)
+
+
 @pytest.fixture
 async def bridge(database: Any) -> AsyncIterator[Bridge]:
     """An open bridge, once on each driver, for every model of the running test."""
