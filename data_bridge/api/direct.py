@@ -1,8 +1,7 @@
 """Direct: the ``send`` inside wrappers that have nothing left to do once a response has started.
 
 Starlette wraps ``send`` at least twice, to know afterwards whether a response had started. From
-then on the wrappers only pass things on, which costs as much, for each event and client, as all
-else that is done in Python to send it.
+then on the wrappers only pass on what they get, for each event and client.
 """
 
 from __future__ import annotations
