@@ -62,9 +62,6 @@ class Wishes:
         return any(filter.matches(document) for document in known)
 
 
-_EVERYTHING = Wishes()
-
-
 class Stream:
     """Open on entry, closed on exit, iterated between the two or without them."""
 
@@ -129,7 +126,6 @@ class ChangeStream(Stream, Generic[D]):
     ) -> None:
         self.model = model
         self.wishes = wishes
-        self._wants = None if wishes == _EVERYTHING else wishes.wants
         self._open_feed = feed
         self._feed: Feed | None = None
         self._log: Log | None = None
@@ -161,11 +157,8 @@ class ChangeStream(Stream, Generic[D]):
                 self._token = entry.position
                 if entry.operation == RESET:
                     raise _lost_meanwhile()
-                if self._wants is None or self._wants(entry):
-                    change: Change[D] | None = entry.change  # typed(), without the price of a call
-                    if change is None or change.model is not self.model:
-                        change = entry.typed(self.model)
-                    return change
+                if self.wishes.wants(entry):
+                    return entry.typed(self.model)
             elif log is None:
                 await self.wait()
             else:

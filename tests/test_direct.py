@@ -69,20 +69,7 @@ class Server:
 
     async def ask(self, app: Any) -> bytes:
         """The body of ``/``."""
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "method": "GET",
-            "scheme": "http",
-            "path": "/",
-            "raw_path": b"/",
-            "root_path": "",
-            "query_string": b"",
-            "headers": [],
-            "server": ("127.0.0.1", 80),
-            "client": ("127.0.0.1", 4000),
-        }
+        scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": []}
         await app(scope, self.receive, self.send)
         assert self.messages[0]["type"] == "http.response.start"
         return b"".join(m["body"] for m in self.messages[1:])
@@ -176,11 +163,7 @@ def sends_twice(send: Any) -> Any:
     return sender
 
 
-def is_no_function(send: Any) -> Any:
-    return functools.partial(send)
-
-
-@pytest.mark.parametrize("wrap", [counts, looks_at_bodies, sends_twice, is_no_function])
+@pytest.mark.parametrize("wrap", [counts, looks_at_bodies, sends_twice, functools.partial])
 def test_a_wrapper_that_does_anything_else_stays(wrap: Callable[[Any], Any]) -> None:
     wrapped = wrap(Server().send)
     assert direct(wrapped) is wrapped
